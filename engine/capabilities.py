@@ -1,0 +1,65 @@
+"""What a model can do, each claim with the evidence it rests on; read from the file's header, never guessed from a name.
+
+A capability is present only when the file has it and this engine serves it, so that a claim can be relied on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.model_info import ModelInfo
+from infsvc.types import Capability
+
+_THINK_MARKS = ("<think>", "<|channel|>", "[THINK]", "<|START_THINKING|>", "<seed:think>")
+
+
+@dataclass(frozen=True)
+class CapabilityClaim:
+    """Whether a capability is there, and why it is said so."""
+
+    capability: Capability
+    present: bool
+    evidence: str
+
+
+def detect(info: ModelInfo) -> tuple[CapabilityClaim, ...]:
+    """One claim for each capability, in the enum's order."""
+    generates = info.pooling is None and info.causal
+    claims = {
+        Capability.TEXT_GENERATION: _text(info, generates),
+        Capability.EMBEDDINGS: _embeddings(info, generates),
+        Capability.REASONING: _reasoning(info, generates),
+        Capability.TOOL_CALLING: _tools(info, generates),
+        Capability.GRAMMAR_CONSTRAINED: (False, "constrained sampling is not served by this version"),
+    }
+    return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
+
+
+def _text(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+    if generates:
+        return True, f"causal attention ({info.architecture}), no pooling type"
+    return False, f"pooling type {info.pooling}" if info.pooling else "attention is not causal"
+
+
+def _embeddings(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+    source = "no pooling type: mean of hidden states" if generates else f"pooling type {info.pooling or 'none'}"
+    return False, f"{source}; embeddings are not served by this version"
+
+
+def _reasoning(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+    if not generates:
+        return False, "generates no text"
+    for mark in _THINK_MARKS:
+        if mark in info.special_tokens:
+            return True, f"{mark} is a token of the vocabulary"
+        if info.chat_template and mark in info.chat_template:
+            return True, f"the chat template writes {mark}"
+    return False, "neither vocabulary nor chat template know a mark of reasoning"
+
+
+def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+    if not generates:
+        return False, "generates no text"
+    if info.chat_template and "tools" in info.chat_template:
+        return True, "the chat template lists tools"
+    return False, "the chat template has no place for tools" if info.chat_template else "no chat template"

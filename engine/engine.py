@@ -1,0 +1,370 @@
+"""One thread, one model: it loads, decodes every sequence in one batch a step, and frees.
+
+`Engine.step` is drain, schedule, decode, sample, deliver. Results go to the loop in one callback a step and never wait for a reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.llama import (
+    DECODE_ABORTED,
+    DECODE_OK,
+    Batch,
+    LlamaContext,
+    LlamaError,
+    LlamaModel,
+    SamplerChain,
+    supports_gpu,
+)
+from engine.sampling import Penalties
+from engine.scheduler import Scheduler, Share
+from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
+from infsvc.errors import LoadError
+
+log = logging.getLogger("infsvc.engine")
+
+N_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to run a model.
+
+    Attributes:
+        n_ctx: tokens of one sequence; 0 for what the model was trained on.
+        n_slots: sequences in one batch.
+        n_threads: of llama.cpp; 0 for one a core.
+        n_gpu_layers: −1 for all that a GPU build can take.
+        use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
+    """
+
+    path: Path
+    n_ctx: int
+    n_slots: int
+    n_threads: int = 0
+    n_gpu_layers: int = -1
+    use_extra_bufts: bool = True
+
+
+@dataclass
+class EngineCounters:
+    """What the engine did since it was loaded. Written by its thread, read by anyone."""
+
+    n_steps: int = 0
+    n_decode_tokens: int = 0
+    n_prefill_tokens: int = 0
+    n_batch_sequences: int = 0
+    max_batch_sequences: int = 0
+    n_finished: int = 0
+    n_cancelled: int = 0
+
+    @property
+    def mean_batch_sequences(self) -> float:
+        """Sequences that drew a token in one decode, on average."""
+        return self.n_batch_sequences / self.n_steps if self.n_steps else 0.0
+
+
+class Engine:
+    """A loaded model that decodes. `submit`, `cancel` and `close` may be called from any thread.
+
+    Args:
+        name: the model's name, for the thread and the log.
+        loop: where events are delivered.
+        on_progress: 0..1 while loading, on the engine's thread.
+        on_died: called on the loop with a sentence when the thread ended by a fault.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: EngineOptions,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        on_progress: Callable[[float], None] | None = None,
+        on_died: Callable[[str], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.options = options
+        self.counters = EngineCounters()
+        self.loaded: Future[None] = Future()
+        self.n_ctx = options.n_ctx
+        self._loop = loop
+        self._on_progress = on_progress
+        self._on_died = on_died
+        self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._model: LlamaModel | None = None
+        self._context: LlamaContext | None = None
+        self._running: tuple[Sequence, ...] = ()
+        self._outbox: list[SequenceEvent] = []
+        self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread; `loaded` is done when the model is ready, or holds the `LoadError`."""
+        self._thread.start()
+
+    @property
+    def model(self) -> LlamaModel:
+        """The loaded model, for tokenising."""
+        if self._model is None:
+            raise LlamaError("the model is not loaded")
+        return self._model
+
+    def submit(self, sequence: Sequence) -> None:
+        """Hands a sequence over; its listener hears of all that follows. The caller has checked that it fits `n_ctx`."""
+        self._inbox.put(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence between two steps, or in the middle of one when nobody else is in the batch."""
+        sequence.cancelled = True
+        context = self._context
+        if context is not None and self._running and all(each.cancelled for each in self._running):
+            context.abort()
+        self._inbox.put(None)
+
+    def close(self) -> None:
+        """Tells the thread to end: what runs ends as cancelled, then the memory is freed. `join` waits for it."""
+        self._closing.set()
+        context = self._context
+        if context is not None:
+            context.abort()
+        self._inbox.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the thread's end; False when it still runs. Call it off the loop."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # -- the engine's thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        died: str | None = None
+        scheduler: Scheduler | None = None
+        try:
+            try:
+                context, batch = self._load()
+            except BaseException as error:
+                known = isinstance(error, LoadError)
+                self.loaded.set_exception(error if known else LoadError(f"the load failed: {error}"))
+                return
+            scheduler = Scheduler(n_slots=self.options.n_slots, n_batch=min(context.n_batch, N_BATCH))
+            self.loaded.set_result(None)
+            while not self._closing.is_set():
+                self._step(context, batch, scheduler)
+        except Exception as error:
+            died = f"the engine of {self.name} stopped: {error}"
+            log.exception(died, extra={"code": "engine.died", "model": self.name})
+        finally:
+            if scheduler is not None:
+                self._end_all(scheduler, died)
+            if self._context is not None:
+                self._context.close()
+            if self._model is not None:
+                self._model.close()
+            if died is not None and self._on_died is not None:
+                self._post(self._on_died, died)
+
+    def _load(self) -> tuple[LlamaContext, Batch]:
+        options = self.options
+
+        def progress(fraction: float) -> bool:
+            if self._on_progress is not None:
+                self._on_progress(fraction)
+            return not self._closing.is_set()
+
+        on_gpu = supports_gpu() and options.n_gpu_layers != 0
+        model = LlamaModel(
+            options.path,
+            n_gpu_layers=options.n_gpu_layers if on_gpu else 0,
+            use_extra_bufts=options.use_extra_bufts,
+            on_progress=progress,
+        )
+        self._model = model
+        if model.has_encoder or not model.has_decoder:
+            raise LoadError("this kind of model (with an encoder) is not served by this version")
+        n_ctx = options.n_ctx or model.n_ctx_train
+        if model.n_ctx_train and n_ctx > model.n_ctx_train:
+            log.warning(
+                f"CTX_SIZE {n_ctx} is more than the {model.n_ctx_train} tokens the model was trained on: {model.n_ctx_train} is used",
+                extra={"code": "model.context_capped", "model": self.name},
+            )
+            n_ctx = model.n_ctx_train
+        self.n_ctx = n_ctx
+        context = LlamaContext(
+            model,
+            n_ctx=n_ctx,
+            n_slots=options.n_slots,
+            n_batch=N_BATCH,
+            n_threads=options.n_threads or os.cpu_count() or 1,
+            on_gpu=on_gpu,
+        )
+        self._context = context
+        return context, Batch(N_BATCH, options.n_slots)
+
+    def _step(self, context: LlamaContext, batch: Batch, scheduler: Scheduler) -> None:
+        """One turn: drain the inbox, drop the cancelled, admit, decode one batch, sample, deliver."""
+        context.rearm()
+        self._drain(scheduler)
+        if self._closing.is_set():
+            return
+        for sequence in scheduler.cancelled():
+            self._finish(context, scheduler, sequence, "cancelled")
+        for sequence in scheduler.admit():
+            self._begin(sequence)
+        self._running = tuple(scheduler.running)
+        shares = scheduler.schedule()
+        if shares:
+            self._decode(context, batch, scheduler, shares)
+        self._deliver()
+
+    def _drain(self, scheduler: Scheduler) -> None:
+        """Takes what came in; waits for something when there is nothing to do."""
+        if scheduler.idle:
+            self._running = ()
+            self._take(scheduler, self._inbox.get())
+        while True:
+            try:
+                self._take(scheduler, self._inbox.get_nowait())
+            except queue.Empty:
+                return
+
+    @staticmethod
+    def _take(scheduler: Scheduler, item: Sequence | None) -> None:
+        if item is not None:
+            scheduler.add(item)
+
+    def _begin(self, sequence: Sequence) -> None:
+        spec = sequence.sampler
+        if not spec.greedy and sequence.chain is None:
+            sequence.chain = SamplerChain(spec)
+        if spec.penalises:
+            sequence.penalties = Penalties(spec)
+            for token in sequence.prompt[-spec.repeat_last_n :]:
+                sequence.penalties.accept(token)
+        self._outbox.append(SequenceStarted(sequence, time.perf_counter()))
+
+    def _decode(self, context: LlamaContext, batch: Batch, scheduler: Scheduler, shares: list[Share]) -> None:
+        batch.clear()
+        positions = [
+            batch.add(share.tokens, start=share.start, slot=share.sequence.slot, draws=share.draws) for share in shares
+        ]
+        rc = context.decode(batch)
+        if rc == DECODE_ABORTED:
+            # Nothing of an aborted batch is kept, and no sequence has moved on: the next step drops the cancelled and tries again.
+            return
+        if rc != DECODE_OK:
+            self._make_room(context, scheduler, shares)
+            return
+        counters = self.counters
+        counters.n_steps += 1
+        now = time.perf_counter()
+        n_drawing = 0
+        for share, position in zip(shares, positions, strict=True):
+            sequence = share.sequence
+            sequence.n_past += len(share.tokens)
+            if sequence.state is SequenceState.PREFILL:
+                counters.n_prefill_tokens += len(share.tokens)
+            if share.draws:
+                n_drawing += 1
+                self._draw(context, scheduler, sequence, position, now)
+        counters.n_decode_tokens += n_drawing
+        counters.n_batch_sequences += n_drawing
+        counters.max_batch_sequences = max(counters.max_batch_sequences, n_drawing)
+
+    def _make_room(self, context: LlamaContext, scheduler: Scheduler, shares: list[Share]) -> None:
+        """The KV cache is full: the youngest prompt is read again later; one alone cannot go on."""
+        youngest = max((share.sequence for share in shares), key=lambda each: each.order)
+        if len(shares) == 1:
+            self._finish(
+                context, scheduler, youngest, "error", "the KV cache is full: lower CTX_SIZE or WORKER_CONCURRENCY"
+            )
+        elif youngest.n_drawn == 0:
+            context.forget(youngest.slot)
+            scheduler.requeue(youngest)
+        else:
+            self._finish(context, scheduler, youngest, "length")
+
+    def _draw(self, context: LlamaContext, scheduler: Scheduler, sequence: Sequence, position: int, now: float) -> None:
+        """Samples one token and ends the sequence where it ends."""
+        model = self.model
+        logits = context.logits(position)
+        if sequence.ignore_eos:
+            logits[model.eog] = -float("inf")
+        if sequence.penalties is not None:
+            sequence.penalties.apply(logits)
+        token = int(logits.argmax()) if sequence.chain is None else sequence.chain.draw(context, position)
+        if sequence.penalties is not None:
+            sequence.penalties.accept(token)
+        sequence.state = SequenceState.DECODE
+        sequence.last_token = token
+        sequence.n_drawn += 1
+        if model.is_eog(token):
+            self._outbox.append(TokenEmitted(sequence, now, ""))
+            self._finish(context, scheduler, sequence, "stop")
+            return
+        text, stopped = sequence.assembler.feed(model.piece(token, special=sequence.special))
+        self._outbox.append(TokenEmitted(sequence, now, text))
+        if stopped:
+            self._finish(context, scheduler, sequence, "stop")
+        elif sequence.n_drawn >= sequence.max_tokens or sequence.n_past + 1 >= sequence.n_ctx:
+            self._finish(context, scheduler, sequence, "length")
+
+    def _finish(
+        self,
+        context: LlamaContext | None,
+        scheduler: Scheduler,
+        sequence: Sequence,
+        reason: str,
+        error: str | None = None,
+    ) -> None:
+        if sequence.slot >= 0 and context is not None:
+            context.forget(sequence.slot)
+        scheduler.remove(sequence)
+        if sequence.chain is not None:
+            sequence.chain.close()
+        self.counters.n_finished += 1
+        self.counters.n_cancelled += reason == "cancelled"
+        rest = sequence.assembler.finish() if reason != "error" else ""
+        self._outbox.append(SequenceFinished(sequence, time.perf_counter(), rest, reason, error))
+
+    def _end_all(self, scheduler: Scheduler, died: str | None) -> None:
+        """The last act: everyone still here hears of the end."""
+        while True:
+            try:
+                self._take(scheduler, self._inbox.get_nowait())
+            except queue.Empty:
+                break
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            self._finish(None, scheduler, sequence, "error" if died else "cancelled", died)
+        self._running = ()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self._post(_hand_out, events)
+
+    def _post(self, function: Callable[..., None], argument: object) -> None:
+        if not self._loop.is_closed():
+            try:
+                self._loop.call_soon_threadsafe(function, argument)
+            except RuntimeError:
+                # The loop closed between the check and the call: nobody is left to hear it.
+                log.debug("the loop is closed", extra={"code": "engine.loop_closed", "model": self.name})
+
+
+def _hand_out(events: list[SequenceEvent]) -> None:
+    """On the loop: each event to its sequence's listener."""
+    for event in events:
+        event.sequence.listener(event)

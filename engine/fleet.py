@@ -1,0 +1,248 @@
+"""All models of a node and their lifecycle: load beside the loop, drain, unload; one that cannot load fails alone.
+
+Loop thread. Headers, templates and the probe run in a small pool; a model's weights are read by its own engine thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from engine import memory_fit
+from engine.engine import N_BATCH, Engine, EngineOptions
+from engine.model_info import ModelInfo, read_model_info
+from engine.probe import probe
+from engine.prompt import load_prompt_format
+from engine.worker import Worker
+from infsvc.audit import AuditSink
+from infsvc.errors import LoadError, UnknownModel
+from infsvc.events import EventBus
+from infsvc.home import Home
+from infsvc.settings import WorkerSettings
+from infsvc.types import Capability, ModelState
+
+log = logging.getLogger("infsvc.fleet")
+
+DRAIN_S = 30.0
+"""How long an unload waits for running work before it ends it."""
+
+_JOIN_S = 20.0
+
+
+class Fleet:
+    """Every worker file's model. Built by `transports.node`.
+
+    Args:
+        audit: gives each model its audit sink.
+        endpoint: gives each model its HTTP endpoint, or "".
+        memory_limit_bytes: for all models together, or None.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        settings: Mapping[str, WorkerSettings],
+        *,
+        events: EventBus,
+        audit: Callable[[WorkerSettings], AuditSink],
+        endpoint: Callable[[WorkerSettings], str],
+        node: str,
+        start_time: str,
+        memory_limit_bytes: int | None = None,
+    ) -> None:
+        self._home = home
+        self._memory_limit_bytes = memory_limit_bytes
+        self.pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="prompt")
+        self.workers: dict[str, Worker] = {
+            name: Worker(
+                worker,
+                path=home.find(worker.model_path),
+                events=events,
+                audit=audit(worker),
+                node=node,
+                start_time=start_time,
+                endpoint=endpoint(worker),
+            )
+            for name, worker in settings.items()
+        }
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._probe: asyncio.Task[bool] | None = None
+        self._reserved_bytes: dict[str, int] = {}
+
+    def get(self, name: str) -> Worker:
+        """The model by its name, or `UnknownModel`."""
+        worker = self.workers.get(name)
+        if worker is None:
+            raise UnknownModel(name, sorted(self.workers))
+        return worker
+
+    def scan(self) -> None:
+        """Reads the headers of all files that are on disk, in the background, for the capability matrix."""
+        for worker in self.workers.values():
+            if worker.state is ModelState.ON_DISK and worker.name not in self._tasks:
+                self._spawn(worker.name, self._look(worker))
+
+    def load(self, name: str, *, force: bool = False) -> Worker:
+        """Begins to load; returns at once. Does nothing for a model that is loading or ready.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+        """
+        worker = self.get(name)
+        worker.asked = True
+        if worker.state not in (ModelState.LOADING, ModelState.READY, ModelState.DRAINING):
+            before = self._tasks.get(name)
+            worker.move(ModelState.LOADING)
+            self._spawn(name, self._load(worker, before, force=force))
+        return worker
+
+    async def settled(self, name: str) -> Worker:
+        """Waits until a load that was begun has ended, well or not."""
+        task = self._tasks.get(name)
+        if task is not None:
+            await asyncio.wait([task])
+        return self.get(name)
+
+    async def unload(self, name: str, *, grace_s: float = DRAIN_S) -> None:
+        """Refuses new work, waits `grace_s` for what runs, ends the rest and frees the memory. A second call ends it at once."""
+        worker = self.get(name)
+        worker.asked = False
+        if worker.state is ModelState.DRAINING:
+            for generation in tuple(worker.requests.values()):
+                generation.cancel()
+            await self.settled(name)
+            return
+        if worker.state is ModelState.LOADING:
+            if worker.engine is not None:
+                worker.engine.close()
+            await self.settled(name)
+            if self.get(name).state is not ModelState.READY:
+                worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
+                return
+        if self.get(name).state is ModelState.READY:
+            worker.move(ModelState.DRAINING)
+            self._spawn(name, self._drain(worker, grace_s))
+            await self.settled(name)
+        elif worker.state is ModelState.FAILED:
+            worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
+
+    async def close(self) -> None:
+        """Ends all engines at once; what still runs is cancelled."""
+        await asyncio.gather(*(self.unload(name, grace_s=0) for name in self.workers))
+        tasks = [task for task in (*self._tasks.values(), self._probe) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _spawn(self, name: str, work: object) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=f"model-{name}")  # type: ignore[arg-type]
+
+    async def _look(self, worker: Worker) -> None:
+        try:
+            worker.learn(await self._header(worker))
+        except LoadError as error:
+            worker.note("warning", "model.unreadable", str(error))
+
+    async def _header(self, worker: Worker) -> ModelInfo:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, read_model_info, worker.path)
+
+    async def _load(self, worker: Worker, before: asyncio.Task[None] | None, *, force: bool) -> None:
+        try:
+            if before is not None:
+                await asyncio.wait([before])
+            worker.path = self._home.find(worker.settings.model_path)
+            info = await self._header(worker)
+            worker.learn(info)
+            self._check(worker, info, force=force)
+            await self._start_engine(worker, info)
+        except LoadError as error:
+            self._failed(worker, str(error))
+        except Exception as error:
+            log.exception("a load failed", extra={"code": "model.load_error", "model": worker.name})
+            self._failed(worker, f"the load failed: {error}")
+
+    def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> None:
+        if not worker.has(Capability.TEXT_GENERATION):
+            raise LoadError("an embedding model, and embeddings are not served by this version")
+        need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
+        if not force:
+            memory_fit.check(need, limit_bytes=self._memory_limit_bytes, used_bytes=sum(self._reserved_bytes.values()))
+        self._reserved_bytes[worker.name] = need.total_bytes
+
+    async def _start_engine(self, worker: Worker, info: ModelInfo) -> None:
+        loop = asyncio.get_running_loop()
+        layers = worker.settings.gpu_layers
+
+        def on_progress(fraction: float) -> None:
+            loop.call_soon_threadsafe(worker.loading, fraction)
+
+        engine = Engine(
+            worker.name,
+            EngineOptions(
+                path=worker.path,
+                n_ctx=worker.n_ctx,
+                n_slots=worker.n_slots,
+                n_threads=worker.settings.model_threads,
+                n_gpu_layers=-1 if layers == "auto" else layers,
+                use_extra_bufts=await self._may_repack(),
+            ),
+            loop,
+            on_progress=on_progress,
+            on_died=lambda reason: self._failed(worker, reason),
+        )
+        worker.engine = engine
+        engine.start()
+        try:
+            await asyncio.wrap_future(engine.loaded)
+            model = engine.model
+            worker.format = await loop.run_in_executor(
+                self.pool,
+                lambda: load_prompt_format(
+                    worker.path, info.chat_template, bos=model.token_text(model.bos), eos=model.token_text(model.eos)
+                ),
+            )
+        except LoadError:
+            await self._end_engine(worker)
+            raise
+        worker.move(ModelState.READY)
+
+    async def _may_repack(self) -> bool:
+        """The probe's answer, asked once a node; the demo model is what it decodes with."""
+        if self._probe is None or (self._probe.done() and self._probe.exception() is not None):
+            demo = self._home.shipped / Path("data/models/demo/model.gguf")
+            if not demo.is_file():
+                return True
+            self._probe = asyncio.create_task(probe(demo, self._home.own("data/run/probe.json")), name="probe")
+        return await asyncio.shield(self._probe)
+
+    def _failed(self, worker: Worker, reason: str) -> None:
+        self._reserved_bytes.pop(worker.name, None)
+        worker.engine = None
+        worker.move(ModelState.FAILED, reason)
+
+    async def _drain(self, worker: Worker, grace_s: float) -> None:
+        deadline = asyncio.get_running_loop().time() + grace_s
+        while worker.requests and asyncio.get_running_loop().time() < deadline and worker.engine is not None:
+            waits = [asyncio.ensure_future(generation.ended()) for generation in worker.requests.values()]
+            await asyncio.wait(waits, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
+            for wait in waits:
+                wait.cancel()
+        await self._end_engine(worker)
+        # A failure on the way out has said so already.
+        if worker.state is ModelState.DRAINING:
+            worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
+
+    async def _end_engine(self, worker: Worker) -> None:
+        """Closes the engine and waits for its thread, off the loop. Prompts that are being rendered still use its vocabulary."""
+        await worker.quiet()
+        engine, self._reserved_bytes[worker.name] = worker.engine, 0
+        if engine is not None:
+            engine.close()
+            ended = await asyncio.get_running_loop().run_in_executor(None, engine.join, _JOIN_S)
+            if not ended:
+                log.error("an engine does not end", extra={"code": "engine.stuck", "model": worker.name})
+        worker.engine = worker.format = None

@@ -1,0 +1,192 @@
+"""One admitted request as its reader sees it: chunks as they are decoded, then the reply; and the way to stop it.
+
+Loop thread only. The sequence's events come in through `on_event`; when the last one has come, `on_done` is called once, whether
+anybody reads or not, so that each request ends with its audit row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
+
+from engine.output import Parsed, ReasoningParser
+from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
+from infsvc.errors import EngineFailed
+from infsvc.types import CompletionReply, FinishReason
+
+if TYPE_CHECKING:
+    from engine.service import InferenceRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one decode step yielded; either text may be empty, not both."""
+
+    index: int
+    text: str
+    reasoning: str
+
+
+class Generation:
+    """A request that runs, or waits for a slot. Read it with `async for` (one reader) or `result()`."""
+
+    def __init__(
+        self,
+        request: InferenceRequest,
+        *,
+        formatted: str,
+        tokens_in: int,
+        parser: ReasoningParser,
+        cancel: Callable[[Sequence], None],
+        on_token: Callable[[], None],
+        on_done: Callable[[Generation], None],
+    ) -> None:
+        self.request = request
+        self.req_id, self.model, self.source = request.req_id, request.model, request.source
+        self.formatted = formatted
+        self.tokens_in = tokens_in
+        self.tokens_out = 0
+        self.created_ts = time.time()
+        self.slot: int | None = None
+        self.reply: CompletionReply | None = None
+        self.error: str | None = None
+        self._begun_s = time.perf_counter()
+        self._first_s: float | None = None
+        self._last_s = self._begun_s
+        self._parser = parser
+        self._cancel, self._on_token, self._on_done = cancel, on_token, on_done
+        self._sequence: Sequence | None = None
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._chunks: deque[Chunk] = deque()
+        self._n_chunks = 0
+        self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    def attach(self, sequence: Sequence) -> None:
+        """Names the sequence whose events this generation receives."""
+        self._sequence = sequence
+
+    @property
+    def running(self) -> bool:
+        """Whether it has a slot and has not ended."""
+        return self.slot is not None and self.reply is None
+
+    @property
+    def finished(self) -> bool:
+        return self.reply is not None
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From submit to the first token, in milliseconds; None before it."""
+        return None if self._first_s is None else (self._first_s - self._begun_s) * 1000
+
+    @property
+    def duration_ms(self) -> float:
+        """From submit to the last token or the end."""
+        return (self._last_s - self._begun_s) * 1000
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed after the first token; 0 before the second."""
+        if self._first_s is None or self.tokens_out < 2 or self._last_s <= self._first_s:
+            return 0.0
+        return (self.tokens_out - 1) / (self._last_s - self._first_s)
+
+    def cancel(self) -> None:
+        """Ends it soon with `finish_reason` "cancelled". Safe to call at any time and twice."""
+        if self._sequence is not None and not self.finished:
+            self._cancel(self._sequence)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        while True:
+            while self._chunks:
+                yield self._chunks.popleft()
+            if self.finished:
+                self._raise_if_died()
+                return
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def result(self) -> CompletionReply:
+        """Waits for the end and returns the reply; raises `EngineFailed` when the engine died."""
+        await self._ended.wait()
+        self._raise_if_died()
+        return cast(CompletionReply, self.reply)
+
+    async def ended(self) -> None:
+        """Waits for the end, well or not; any number may wait."""
+        await self._ended.wait()
+
+    def _raise_if_died(self) -> None:
+        if self.error is not None:
+            raise EngineFailed(self.error)
+
+    def on_event(self, event: SequenceEvent) -> None:
+        """Takes an event of the engine; called on the loop, in order."""
+        match event:
+            case SequenceStarted():
+                self.slot = event.sequence.slot
+            case TokenEmitted():
+                self.tokens_out += 1
+                self._last_s = event.at_s
+                if self._first_s is None:
+                    self._first_s = event.at_s
+                self._on_token()
+                self._show(self._parser.feed(event.text))
+            case SequenceFinished():
+                if event.reason == "cancelled" or self._first_s is None:
+                    self._last_s = event.at_s
+                self._show(self._parser.feed(event.text))
+                self._show(self._parser.finish())
+                self._end(event)
+        self._wake.set()
+
+    def _show(self, parsed: Parsed) -> None:
+        if parsed.text or parsed.reasoning:
+            self._text.append(parsed.text)
+            self._reasoning.append(parsed.reasoning)
+            self._chunks.append(Chunk(self._n_chunks, parsed.text, parsed.reasoning))
+            self._n_chunks += 1
+
+    def _end(self, event: SequenceFinished) -> None:
+        self.error = event.error
+        duration = round(self.duration_ms)
+        self.reply = CompletionReply(
+            req_id=self.req_id,
+            text="".join(self._text),
+            reasoning="".join(self._reasoning) or None,
+            tokens_in=self.tokens_in,
+            tokens_out=self.tokens_out,
+            finish_reason=cast(FinishReason, event.reason),
+            duration_ms=duration,
+            ms=duration,
+            error=event.error,
+        )
+        self._ended.set()
+        self._on_done(self)
+
+    def facts(self) -> dict[str, Any]:
+        """What `/api/requests` shows of it."""
+        return {
+            "req_id": self.req_id,
+            "model": self.model,
+            "source": self.source,
+            "state": "running" if self.running else "waiting",
+            "age_ms": round((time.time() - self.created_ts) * 1000),
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+        }

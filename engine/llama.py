@@ -1,0 +1,335 @@
+"""The only room that touches llama_cpp: model, context, batch, sampler chain, and a guard for each thing that would abort.
+
+llama.cpp ends the whole process on a bad argument, so every method here checks what it hands over and raises `LlamaError` instead.
+Importing this module imports llama_cpp (some 0.3 s) and gives C's own stderr logger back, because the Python callback that llama_cpp
+installs takes the GIL for each line; `engine.native_log` keeps file descriptor 2 in a file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+
+import llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+
+from engine.sampling import SamplerSpec
+from infsvc.errors import LoadError
+
+lib.llama_log_set(lib.llama_log_callback(0), ctypes.c_void_p(0))
+lib.llama_backend_init()
+
+VERSION: str = lib.__version__
+
+DECODE_OK, DECODE_NO_KV, DECODE_ABORTED = 0, 1, 2
+
+_POOLING_NONE = 0
+_FLASH_ATTN_OFF, _FLASH_ATTN_ON = 0, 1
+
+# The abort callback must not take the GIL in the middle of a step. C's atoi over a two-byte buffer is such a function: it answers 1
+# for "1" and 0 for "0", and ggml reads the answer as a bool.
+_C = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
+_ABORT = ctypes.cast(_C.atoi, lib.ggml_abort_callback)
+
+
+class LlamaError(Exception):
+    """A call that llama.cpp would have answered with an abort, or did answer with a failure."""
+
+
+def supports_gpu() -> bool:
+    """Whether this build can offload layers."""
+    return bool(lib.llama_supports_gpu_offload())
+
+
+def system_info() -> str:
+    """The instruction sets this build uses, as llama.cpp prints them."""
+    return str(lib.llama_print_system_info().decode())
+
+
+class LlamaModel:
+    """A model's weights and vocabulary. Tokenising and pieces are safe from any thread while the model is open."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_gpu_layers: int = 0,
+        use_extra_bufts: bool = True,
+        on_progress: Callable[[float], bool] | None = None,
+    ) -> None:
+        """Loads the file. Blocks for as long as that takes, without the GIL.
+
+        Args:
+            n_gpu_layers: layers to offload; −1 for all.
+            use_extra_bufts: whether weights may be repacked for this CPU.
+            on_progress: called with 0..1 on the loading thread; answering False stops the load.
+
+        Raises:
+            LoadError: the file is not a model that llama.cpp knows, or the load was stopped.
+        """
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = use_extra_bufts
+        stopped = False
+
+        def progress(fraction: float, _: Any) -> bool:
+            nonlocal stopped
+            stopped = on_progress is not None and not on_progress(fraction)
+            return not stopped
+
+        callback = lib.llama_progress_callback(progress)
+        params.progress_callback = callback
+        self._handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self._handle:
+            if stopped:
+                raise LoadError("the load was stopped")
+            raise LoadError(f"llama.cpp cannot load {path}: the log's lines of `llama` say why")
+        self._vocab = lib.llama_model_get_vocab(self._handle)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
+        self.has_decoder: bool = bool(lib.llama_model_has_decoder(self._handle))
+        self.has_encoder: bool = bool(lib.llama_model_has_encoder(self._handle))
+        self.adds_bos: bool = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self.bos: int = lib.llama_vocab_bos(self._vocab)
+        self.eos: int = lib.llama_vocab_eos(self._vocab)
+        self.eog: npt.NDArray[np.int64] = np.array(
+            [token for token in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, token)], dtype=np.int64
+        )
+        self._eog = frozenset(self.eog.tolist())
+        self._pieces: dict[int, bytes] = {}
+        self._special_pieces: dict[int, bytes] = {}
+
+    def close(self) -> None:
+        """Frees the weights. Every context over them must be closed before; safe to call twice."""
+        if self._handle:
+            lib.llama_model_free(self._handle)
+            self._handle = None
+
+    @property
+    def handle(self) -> Any:
+        if not self._handle:
+            raise LlamaError("the model is closed")
+        return self._handle
+
+    def is_eog(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return token in self._eog
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Text → token ids. Any thread.
+
+        Args:
+            add_special: whether the vocabulary's BOS (and EOS) is added, as its file says.
+            parse_special: whether marks such as `<|im_start|>` in the text become their control tokens.
+        """
+        data = text.encode("utf-8", errors="replace")
+        if len(data) > 2**30 or not self._handle:
+            raise LlamaError("the text is too long, or the model is closed")
+        room = len(data) + 8
+        tokens = (lib.llama_token * room)()
+        n = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
+        if n < 0:
+            room = -n
+            tokens = (lib.llama_token * room)()
+            n = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
+        if n < 0:
+            raise LlamaError("llama.cpp cannot tokenise the text")
+        return list(tokens[:n])
+
+    def token_text(self, token: int) -> str:
+        """The vocabulary's own spelling of a token, such as `<|im_end|>`; empty for none (−1)."""
+        if not 0 <= token < self.n_vocab:
+            return ""
+        return str(lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
+
+    def piece(self, token: int, *, special: bool) -> bytes:
+        """The bytes a token stands for; control tokens are empty unless `special`. Cached by id."""
+        cache = self._special_pieces if special else self._pieces
+        found = cache.get(token)
+        if found is None:
+            found = cache[token] = self._piece(token, special)
+        return found
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        if not 0 <= token < self.n_vocab:
+            raise LlamaError(f"no token {token} in a vocabulary of {self.n_vocab}")
+        room = 64
+        buffer = ctypes.create_string_buffer(room)
+        n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+        if n < 0:
+            room = -n
+            buffer = ctypes.create_string_buffer(room)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+        return buffer.raw[: max(n, 0)]
+
+
+class Batch:
+    """A llama_batch over numpy memory: at most `n_max` tokens, each of one sequence."""
+
+    def __init__(self, n_max: int, n_slots: int) -> None:
+        self.n_max, self._n_slots = n_max, n_slots
+        self.n = 0
+        self._tokens = np.zeros(n_max, dtype=np.int32)
+        self._positions = np.zeros(n_max, dtype=np.int32)
+        self._n_seq_id = np.ones(n_max, dtype=np.int32)
+        self._logits = np.zeros(n_max, dtype=np.int8)
+        # seq_id is an array of pointers; each points at one of these constants.
+        self._slots = np.arange(n_slots, dtype=np.int32)
+        self._slot_addresses = self._slots.ctypes.data + np.arange(n_slots, dtype=np.uintp) * self._slots.itemsize
+        self._seq_ids = np.zeros(n_max, dtype=np.uintp)
+        self.native = lib.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(lib.llama_token)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(lib.llama_pos)),
+            n_seq_id=self._n_seq_id.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_ids.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(lib.llama_seq_id))),
+            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def clear(self) -> None:
+        self.n = 0
+
+    def add(self, tokens: Sequence[int], *, start: int, slot: int, draws: bool) -> int:
+        """Appends a sequence's tokens at positions from `start`; returns the index of the last one."""
+        end = self.n + len(tokens)
+        if not tokens or end > self.n_max or not 0 <= slot < self._n_slots or start < 0:
+            raise LlamaError(f"{len(tokens)} tokens at {start} of slot {slot} do not fit a batch of {self.n_max}")
+        part = slice(self.n, end)
+        self._tokens[part] = tokens
+        self._positions[part] = np.arange(start, start + len(tokens), dtype=np.int32)
+        self._seq_ids[part] = self._slot_addresses[slot]
+        self._logits[part] = 0
+        self._logits[end - 1] = draws
+        self.n = end
+        return end - 1
+
+    def seal(self, n_vocab: int) -> None:
+        """Checks what llama.cpp would abort on and sets the count."""
+        if self.n == 0:
+            raise LlamaError("an empty batch")
+        used = self._tokens[: self.n]
+        if int(used.min()) < 0 or int(used.max()) >= n_vocab:
+            raise LlamaError(f"a token id outside the vocabulary of {n_vocab}")
+        self.native.n_tokens = self.n
+
+
+class LlamaContext:
+    """KV cache and compute buffers for `n_slots` sequences of `n_ctx` tokens each. One thread, the engine's; `abort` from any."""
+
+    def __init__(
+        self, model: LlamaModel, *, n_ctx: int, n_slots: int, n_batch: int, n_threads: int, on_gpu: bool
+    ) -> None:
+        """Raises `LoadError` when the memory cannot be had."""
+        params = lib.llama_context_default_params()
+        params.n_ctx = n_ctx * n_slots
+        params.n_seq_max = n_slots
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_threads = params.n_threads_batch = n_threads
+        params.kv_unified = False
+        params.flash_attn_type = _FLASH_ATTN_ON if on_gpu else _FLASH_ATTN_OFF
+        params.pooling_type = _POOLING_NONE
+        params.embeddings = False
+        params.no_perf = True
+        self._flag = ctypes.create_string_buffer(b"0", 2)
+        params.abort_callback = _ABORT
+        params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
+        self._model = model
+        self._n_slots = n_slots
+        self._handle = lib.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise LoadError(
+                "llama.cpp cannot make the context: too little memory for the KV cache, or an unknown architecture"
+            )
+        self._memory = lib.llama_get_memory(self._handle)
+        self.n_ctx: int = lib.llama_n_ctx_seq(self._handle)
+        self.n_batch: int = lib.llama_n_batch(self._handle)
+
+    def close(self) -> None:
+        """Frees the context. Safe to call twice."""
+        if self._handle:
+            lib.llama_free(self._handle)
+            self._handle = None
+
+    @property
+    def handle(self) -> Any:
+        if not self._handle:
+            raise LlamaError("the context is closed")
+        return self._handle
+
+    def abort(self) -> None:
+        """Makes a running `decode` end early with DECODE_ABORTED. Any thread; holds until `rearm`."""
+        self._flag[0] = b"1"
+
+    def rearm(self) -> None:
+        """Takes an earlier `abort` back."""
+        self._flag[0] = b"0"
+
+    def decode(self, batch: Batch) -> int:
+        """Evaluates the batch. Returns DECODE_OK, DECODE_NO_KV or DECODE_ABORTED; after the latter two the batch may be tried again.
+
+        Raises:
+            LlamaError: anything else; the context must not be used again.
+        """
+        if batch.n > self.n_batch:
+            raise LlamaError(f"{batch.n} tokens for a batch of {self.n_batch}")
+        batch.seal(self._model.n_vocab)
+        rc = int(lib.llama_decode(self.handle, batch.native))
+        if rc in (DECODE_OK, DECODE_NO_KV, DECODE_ABORTED):
+            return rc
+        raise LlamaError(f"llama_decode failed with {rc}: the log's lines of `llama` say why")
+
+    def logits(self, index: int) -> npt.NDArray[np.float32]:
+        """The logits (n_vocab,) of a batch position that was asked to draw: llama.cpp's own memory, valid until the next decode."""
+        pointer = lib.llama_get_logits_ith(self.handle, index)
+        if not pointer:
+            raise LlamaError(f"no logits at batch position {index}")
+        address = ctypes.addressof(pointer.contents)
+        memory = (ctypes.c_float * self._model.n_vocab).from_address(address)
+        return np.frombuffer(memoryview(memory).cast("B"), dtype=np.float32)
+
+    def forget(self, slot: int) -> None:
+        """Empties a slot's KV cache."""
+        if not 0 <= slot < self._n_slots:
+            raise LlamaError(f"no slot {slot}")
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+
+class SamplerChain:
+    """top_k, top_p, min_p, temperature and the draw, in llama.cpp's order and with its meaning. Engine thread."""
+
+    def __init__(self, spec: SamplerSpec) -> None:
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        if not self._chain:
+            raise LlamaError("no memory for a sampler chain")
+        parts = []
+        if spec.top_k > 0:
+            parts.append(lib.llama_sampler_init_top_k(spec.top_k))
+        if spec.top_p < 1:
+            parts.append(lib.llama_sampler_init_top_p(spec.top_p, 1))
+        if spec.min_p > 0:
+            parts.append(lib.llama_sampler_init_min_p(spec.min_p, 1))
+        parts.append(lib.llama_sampler_init_temp(spec.temperature))
+        parts.append(lib.llama_sampler_init_dist(spec.seed))
+        for part in parts:
+            if not part:
+                raise LlamaError("no memory for a sampler")
+            lib.llama_sampler_chain_add(self._chain, part)
+
+    def draw(self, context: LlamaContext, index: int) -> int:
+        """Draws a token from the logits of a batch position; the context must have logits there."""
+        if not self._chain:
+            raise LlamaError("the sampler is closed")
+        return int(lib.llama_sampler_sample(self._chain, context.handle, index))
+
+    def close(self) -> None:
+        if self._chain:
+            lib.llama_sampler_free(self._chain)
+            self._chain = None

@@ -1,0 +1,58 @@
+"""Does a model fit into memory? An estimate from its header, before anything is read.
+
+weights: the file's own bytes. KV cache: `2 bytes × (key_length + value_length) × n_head_kv × n_layer` a token (f16), for every token of
+every slot. Compute: llama.cpp's graph for a batch, dominated by the logits (`n_batch × n_vocab × 4`) and a few activations a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from engine.model_info import ModelInfo
+from infsvc.errors import MemoryFitError
+
+_CONTEXT_PADDING = 256
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what they are for."""
+
+    weight_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.compute_bytes
+
+    def __str__(self) -> str:
+        gib = 2**30
+        return f"weights {self.weight_bytes / gib:.1f} + KV {self.kv_bytes / gib:.1f} + compute {self.compute_bytes / gib:.1f}"
+
+
+def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> MemoryEstimate:
+    """What loading `info` with `n_slots` sequences of `n_ctx` tokens will take."""
+    per_sequence = -(-(n_ctx or info.n_ctx_train) // _CONTEXT_PADDING) * _CONTEXT_PADDING
+    per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
+    return MemoryEstimate(
+        weight_bytes=info.weight_bytes,
+        kv_bytes=per_token * per_sequence * n_slots,
+        compute_bytes=n_batch * (info.n_vocab + 16 * info.n_embd) * 4 + 16 * 2**20,
+    )
+
+
+def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int) -> None:
+    """Raises `MemoryFitError` when `need` is more than what is free.
+
+    Args:
+        limit_bytes: INFSVC_MEMORY_LIMIT for all models of the node, or None.
+        used_bytes: what the node's loaded models were estimated at.
+    """
+    free = int(psutil.virtual_memory().available)
+    if limit_bytes is not None:
+        free = min(free, limit_bytes - used_bytes)
+    if need.total_bytes > free:
+        raise MemoryFitError(needed_bytes=need.total_bytes, free_bytes=max(0, free), parts=str(need))

@@ -1,0 +1,94 @@
+"""Who decodes, who prefills, who waits. Pure: it knows neither llama.cpp nor a clock.
+
+Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while anyone decodes
+(so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in order of admission.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from engine.sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A sequence's part of one batch: `tokens` at positions from `start`; `draws` when its last token yields logits."""
+
+    sequence: Sequence
+    tokens: list[int]
+    start: int
+    draws: bool
+
+
+class Scheduler:
+    """Slots and queues of one engine. Engine thread only."""
+
+    def __init__(self, *, n_slots: int, n_batch: int, n_prefill_beside: int = 128) -> None:
+        self._n_batch = n_batch
+        self._n_prefill_beside = n_prefill_beside
+        self._free = list(range(n_slots - 1, -1, -1))
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence behind its equals in priority."""
+        bisect.insort(self.waiting, sequence, key=lambda each: each.order)
+
+    def admit(self) -> list[Sequence]:
+        """Gives free slots to those who wait; returns who got one."""
+        admitted = []
+        while self._free and self.waiting:
+            sequence = self.waiting.pop(0)
+            sequence.slot = self._free.pop()
+            sequence.state = SequenceState.PREFILL
+            self.running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and frees its slot."""
+        if sequence.slot >= 0:
+            self.running.remove(sequence)
+            self._free.append(sequence.slot)
+            sequence.slot = -1
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Sends a running sequence that has drawn nothing yet back to the queue, to be read anew."""
+        self.running.remove(sequence)
+        self._free.append(sequence.slot)
+        sequence.slot, sequence.n_past, sequence.state = -1, 0, SequenceState.WAITING
+        self.add(sequence)
+
+    def cancelled(self) -> list[Sequence]:
+        """Those that were cancelled and are still here."""
+        return [sequence for sequence in (*self.running, *self.waiting) if sequence.cancelled]
+
+    def schedule(self) -> list[Share]:
+        """The next batch; at most `n_batch` tokens, one share a sequence."""
+        shares = [
+            Share(sequence, [sequence.last_token], sequence.n_past, True)
+            for sequence in self.running
+            if sequence.state is SequenceState.DECODE
+        ]
+        budget = self._n_batch - len(shares)
+        if shares:
+            budget = min(budget, self._n_prefill_beside)
+        for sequence in self.running:
+            if budget <= 0:
+                break
+            if sequence.state is not SequenceState.PREFILL:
+                continue
+            end = min(sequence.n_past + budget, sequence.n_prompt)
+            tokens = sequence.prompt[sequence.n_past : end]
+            shares.append(Share(sequence, tokens, sequence.n_past, end == sequence.n_prompt))
+            budget -= len(tokens)
+        return shares

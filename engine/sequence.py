@@ -1,0 +1,102 @@
+"""One request's tokens and where it stands in the engine, and the events that tell the loop of it.
+
+A sequence is made by the loop, then belongs to the engine thread; only `cancelled` may be set from elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from engine.output import TextAssembler
+from engine.sampling import SamplerSpec
+
+_arrivals = itertools.count()
+
+
+class SequenceState(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens of one request. `n_past` tokens are in the KV cache; the rest of `prompt` is still to be read.
+
+    Attributes:
+        prompt: token ids to read before the first token is drawn; at least one.
+        max_tokens: how many tokens may be drawn, those that end the answer counted in.
+        n_ctx: tokens of context, prompt and answer together.
+        special: whether control tokens are shown as text (raw mode).
+        listener: called on the loop's thread with each event of this sequence.
+        priority: a higher one is admitted earlier.
+    """
+
+    prompt: list[int]
+    sampler: SamplerSpec
+    max_tokens: int
+    n_ctx: int
+    listener: Callable[[SequenceEvent], None]
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    special: bool = False
+    priority: int = 0
+
+    cancelled: bool = False
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1
+    n_past: int = 0
+    n_drawn: int = 0
+    last_token: int = -1
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    submitted_s: float = field(default_factory=time.perf_counter)
+    assembler: TextAssembler = field(init=False)
+    chain: Any = None
+    penalties: Any = None
+
+    def __post_init__(self) -> None:
+        self.assembler = TextAssembler(self.stop)
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Admission order: by priority, then by arrival."""
+        return (-self.priority, self.arrival)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEvent:
+    """The root of what an engine tells about a sequence. `at_s` is `time.perf_counter()`."""
+
+    sequence: Sequence
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStarted(SequenceEvent):
+    """The sequence left the queue and got a slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEmitted(SequenceEvent):
+    """A token was drawn. `text` may be empty: half a character, or what may become a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFinished(SequenceEvent):
+    """The last event. `text` is what was still held back; `error` says why for `reason` "error"."""
+
+    text: str
+    reason: str
+    error: str | None = None

@@ -1,0 +1,294 @@
+"""The one path of every request: admission, prompt, generation, audit. Every door comes through `submit`.
+
+Loop thread. A request is refused with a typed `RequestError`, and each one, refused or not, leaves a row in its model's audit log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.fleet import Fleet
+from engine.generation import Generation
+from engine.sampling import SamplerSpec
+from engine.sequence import Sequence
+from engine.worker import Worker
+from infsvc.audit import AuditStatus, RequestRow
+from infsvc.errors import (
+    AuditUnavailable,
+    BadRequest,
+    ContextLengthExceeded,
+    Draining,
+    ModelNotLoaded,
+    QueueFull,
+    RequestError,
+    Unsupported,
+)
+from infsvc.events import EventBus, RequestFinished, RequestStarted
+from infsvc.types import CompletionReply, CompletionRequest, Message, ModelState, Params, new_req_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceRequest:
+    """A request as every door hands it in: an `input` text or `messages`, exactly one of them.
+
+    Attributes:
+        raw: the input goes to the model as it is, and its output comes back as it is.
+        think: asks a reasoning model to think first.
+        source: the door: http, nats, chat.
+    """
+
+    model: str
+    params: Params = field(default_factory=Params)
+    input: str | None = None
+    messages: tuple[Message, ...] = ()
+    raw: bool = False
+    think: bool = False
+    req_id: str = field(default_factory=new_req_id)
+    trace_id: str | None = None
+    source: str = "http"
+    reply_to: str | None = None
+    priority: int = 0
+
+    @classmethod
+    def from_wire(
+        cls, body: CompletionRequest, *, model: str, source: str, trace_id: str | None = None
+    ) -> InferenceRequest:
+        """From a native request; `trace_id` (a header's) counts where the body names none."""
+        return cls(
+            model=model,
+            params=body.params,
+            input=body.input,
+            raw=body.raw,
+            req_id=body.req_id or new_req_id(),
+            trace_id=body.trace_id or trace_id,
+            source=source,
+            reply_to=body.reply_to,
+            priority=body.priority,
+        )
+
+    @property
+    def raw_input(self) -> str:
+        """What the audit log keeps as the input: the text, or the messages as JSON."""
+        if self.input is not None:
+            return self.input
+        return json.dumps([message.model_dump(exclude_none=True) for message in self.messages], ensure_ascii=False)
+
+
+class InferenceService:
+    """Admits requests to the fleet's engines."""
+
+    def __init__(self, fleet: Fleet, *, events: EventBus, node: str) -> None:
+        self._fleet, self._events, self._node = fleet, events, node
+        self.draining = False
+
+    def resolve(self, model: str | None) -> Worker:
+        """The model by name; without one, the only ready one. Raises `UnknownModel` or `BadRequest`."""
+        if model is not None:
+            return self._fleet.get(model)
+        ready = [worker for worker in self._fleet.workers.values() if worker.state is ModelState.READY]
+        if len(ready) == 1:
+            return ready[0]
+        names = ", ".join(worker.name for worker in ready) or "none"
+        raise BadRequest(f"model is needed to choose one of those loaded: {names}", param="model")
+
+    async def submit(self, request: InferenceRequest) -> Generation:
+        """Admits a request; it then runs whether it is read or not.
+
+        Raises:
+            RequestError: it cannot be served; its row in the audit log says `rejected`.
+        """
+        worker = self._fleet.get(request.model)
+        begun_s = time.perf_counter()
+        try:
+            return await self._admit(worker, request)
+        except RequestError as error:
+            self._reject(worker, request, error, (time.perf_counter() - begun_s) * 1000)
+            raise
+
+    async def complete(self, request: InferenceRequest) -> CompletionReply:
+        """Submits and waits for the reply; leaving early cancels."""
+        async with await self.submit(request) as generation:
+            return await generation.result()
+
+    def live(self) -> Iterator[Generation]:
+        """All requests that wait or run, oldest first within a model."""
+        for worker in self._fleet.workers.values():
+            yield from worker.requests.values()
+
+    def find(self, req_id: str) -> Generation | None:
+        """A live request by its id."""
+        return next((generation for generation in self.live() if generation.req_id == req_id), None)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuses new work, waits `grace_s` for what runs and cancels the rest; returns when all has ended."""
+        self.draining = True
+        waits = [asyncio.ensure_future(generation.ended()) for generation in self.live()]
+        if not waits:
+            return
+        _, late = await asyncio.wait(waits, timeout=grace_s)
+        for generation in self.live():
+            generation.cancel()
+        if late:
+            await asyncio.wait(late, timeout=1.0)
+        for wait in waits:
+            wait.cancel()
+
+    async def _admit(self, worker: Worker, request: InferenceRequest) -> Generation:
+        self._check_ready(worker)
+        self._check_supported(request)
+        if worker.audit.unavailable is not None:
+            raise AuditUnavailable(f"the audit log takes no more rows: {worker.audit.unavailable}")
+        capacity = worker.settings.queue_max_msgs
+        if worker.n_in_flight >= worker.n_slots + capacity:
+            raise QueueFull(
+                model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=_retry_after_s(worker)
+            )
+        with worker.preparing():
+            formatted, tokens, parser = await asyncio.get_running_loop().run_in_executor(
+                self._fleet.pool,
+                lambda: worker.prompt(
+                    text=request.input, messages=request.messages, raw=request.raw, think=request.think
+                ),
+            )
+            # The model may have been asked to leave while the prompt was rendered.
+            self._check_ready(worker)
+            assert worker.engine is not None
+            if not tokens:
+                raise BadRequest("the input has no tokens", param="input")
+            if len(tokens) >= worker.n_ctx:
+                raise ContextLengthExceeded(n_prompt_tokens=len(tokens), n_ctx=worker.n_ctx)
+            engine = worker.engine
+            generation = Generation(
+                request,
+                formatted=formatted,
+                tokens_in=len(tokens),
+                parser=parser,
+                cancel=engine.cancel,
+                on_token=worker.stats.token,
+                on_done=lambda done: self._done(worker, done),
+            )
+            params = request.params
+            sequence = Sequence(
+                prompt=tokens,
+                sampler=SamplerSpec.from_params(params, n_ctx=worker.n_ctx),
+                max_tokens=params.max_tokens,
+                n_ctx=worker.n_ctx,
+                listener=generation.on_event,
+                stop=params.stop,
+                ignore_eos=params.ignore_eos,
+                special=request.raw,
+                priority=request.priority,
+            )
+            generation.attach(sequence)
+            worker.requests[_free_key(worker, request.req_id)] = generation
+        self._events.publish(
+            RequestStarted(model=worker.name, req_id=request.req_id, tokens_in=len(tokens), source=request.source)
+        )
+        engine.submit(sequence)
+        return generation
+
+    def _check_ready(self, worker: Worker) -> None:
+        if self.draining:
+            raise Draining("the node is shutting down")
+        if worker.state is ModelState.DRAINING:
+            raise Draining(f"{worker.name} is being unloaded", param="model")
+        if worker.state is not ModelState.READY:
+            raise ModelNotLoaded(worker.name, worker.state.replace("_", " "), worker.reason)
+
+    @staticmethod
+    def _check_supported(request: InferenceRequest) -> None:
+        for name in ("grammar", "json_schema"):
+            if getattr(request.params, name) is not None:
+                raise Unsupported(f"params.{name}", "constrained sampling is not served by this version")
+
+    def _done(self, worker: Worker, generation: Generation) -> None:
+        reply = generation.reply
+        assert reply is not None
+        for key, live in tuple(worker.requests.items()):
+            if live is generation:
+                del worker.requests[key]
+        worker.stats.finished(ttft_ms=generation.ttft_ms, latency_ms=generation.duration_ms)
+        status: AuditStatus = "ok"
+        if reply.finish_reason in ("cancelled", "error"):
+            status = "cancelled" if reply.finish_reason == "cancelled" else "error"
+        slot = "" if generation.slot is None else f"-{generation.slot}"
+        worker.audit.record(
+            RequestRow(
+                **_asked(generation.request),
+                ts=generation.created_ts,
+                worker_id=f"{self._node}{slot}",
+                formatted_input=generation.formatted,
+                response_text=reply.text,
+                tokens_in=reply.tokens_in,
+                tokens_out=reply.tokens_out,
+                dur_ms=round(generation.duration_ms, 3),
+                status=status,
+                error=reply.error,
+                finish_reason=reply.finish_reason,
+                ttft_ms=None if generation.ttft_ms is None else round(generation.ttft_ms, 3),
+                reasoning=reply.reasoning,
+            )
+        )
+        self._events.publish(
+            RequestFinished(
+                model=worker.name,
+                req_id=generation.req_id,
+                tokens_in=reply.tokens_in,
+                tokens_out=reply.tokens_out,
+                ttft_ms=generation.ttft_ms,
+                duration_ms=generation.duration_ms,
+                finish_reason=reply.finish_reason,
+                source=generation.source,
+            )
+        )
+
+    def _reject(self, worker: Worker, request: InferenceRequest, error: RequestError, dur_ms: float) -> None:
+        worker.audit.record(
+            RequestRow(
+                **_asked(request),
+                worker_id=self._node,
+                formatted_input=None,
+                response_text=None,
+                tokens_in=getattr(error, "n_prompt_tokens", 0),
+                tokens_out=0,
+                dur_ms=round(dur_ms, 3),
+                status="rejected",
+                error=f"{error.code}: {error}",
+            )
+        )
+
+
+def _asked(request: InferenceRequest) -> dict[str, Any]:
+    """The columns that the request alone fills."""
+    raw_input = request.raw_input
+    return {
+        "trace_id": request.trace_id,
+        "req_id": request.req_id,
+        "source": request.source,
+        "reply_to": request.reply_to,
+        "raw_input": raw_input,
+        "input_len": len(raw_input),
+        "params_json": json.dumps(request.params.model_dump(exclude_none=True, exclude_defaults=True)),
+        "grammar_used": request.params.grammar,
+    }
+
+
+def _retry_after_s(worker: Worker) -> int:
+    """When a place in the queue may be free: what waits, at the median pace, over the slots; 1 to 60 seconds."""
+    latency = worker.stats.latency_ms()
+    seconds = worker.n_waiting * (latency[0] if latency else 1000.0) / 1000 / worker.n_slots
+    return min(60, max(1, math.ceil(seconds)))
+
+
+def _free_key(worker: Worker, req_id: str) -> str:
+    """The request's key among the live ones; a second one with the same id gets a number behind it."""
+    key, n = req_id, 2
+    while key in worker.requests:
+        key, n = f"{req_id}#{n}", n + 1
+    return key

@@ -1,0 +1,252 @@
+"""One worker file's model: its state, its engine while it has one, the requests in it, and the documents that describe it.
+
+Loop thread. `engine.fleet` moves it through its states; `engine.service` puts requests in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.capabilities import CapabilityClaim, detect
+from engine.engine import Engine, EngineCounters
+from engine.generation import Generation
+from engine.model_info import ModelInfo
+from engine.output import ReasoningParser
+from engine.prompt import PromptFormat
+from engine.stats import ModelStats
+from infsvc import __version__
+from infsvc.audit import AuditSink, EventRow
+from infsvc.errors import BadRequest
+from infsvc.events import EventBus, LogLine, ModelProgress, ModelStateChanged
+from infsvc.settings import WorkerSettings
+from infsvc.types import (
+    BackpressureReport,
+    BackpressureStatus,
+    Capability,
+    HealthDocument,
+    Message,
+    ModelInfoDocument,
+    ModelState,
+    QueueMetrics,
+    backpressure_level,
+    human_count,
+)
+
+
+def timestamp(ts: float | None) -> str | None:
+    """Seconds since the epoch as RFC 3339 in UTC."""
+    return (
+        None
+        if ts is None
+        else datetime.fromtimestamp(ts, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )
+
+
+class Worker:
+    """A model of this node.
+
+    Attributes:
+        asked: whether someone wants it to run.
+        reason: why it failed.
+        progress: 0..1 while it loads.
+        requests: live requests by req_id, in order of arrival.
+        n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        path: Path,
+        events: EventBus,
+        audit: AuditSink,
+        node: str,
+        start_time: str,
+        endpoint: str,
+    ) -> None:
+        self.settings = settings
+        self.name = settings.model_name
+        self.path = path
+        self.audit = audit
+        self.endpoint = endpoint
+        self.stats = ModelStats()
+        self.asked = False
+        self.state = ModelState.ON_DISK if path.is_file() else ModelState.ABSENT
+        self.reason: str | None = None
+        self.progress: float | None = None
+        self.info: ModelInfo | None = None
+        self.claims: tuple[CapabilityClaim, ...] = ()
+        self.engine: Engine | None = None
+        self.format: PromptFormat | None = None
+        self.requests: dict[str, Generation] = {}
+        self.n_preparing = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._events = events
+        self._node, self._start_time = node, start_time
+
+    @property
+    def n_slots(self) -> int:
+        return self.settings.worker_concurrency
+
+    @property
+    def n_in_flight(self) -> int:
+        return len(self.requests) + self.n_preparing
+
+    @property
+    def n_active(self) -> int:
+        return min(self.n_in_flight, self.n_slots)
+
+    @property
+    def n_waiting(self) -> int:
+        return max(0, self.n_in_flight - self.n_slots)
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens of one sequence: the engine's while loaded, else what is asked for."""
+        if self.engine is not None:
+            return self.engine.n_ctx
+        return self.settings.ctx_size or (self.info.n_ctx_train if self.info else 0)
+
+    @property
+    def counters(self) -> EngineCounters:
+        return self.engine.counters if self.engine is not None else EngineCounters()
+
+    def has(self, capability: Capability) -> bool:
+        return any(claim.capability is capability and claim.present for claim in self.claims)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Holds a place in the queue while a prompt is rendered; the engine is not freed meanwhile."""
+        self.n_preparing += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self.n_preparing -= 1
+            if not self.n_preparing:
+                self._quiet.set()
+
+    async def quiet(self) -> None:
+        """Waits until no prompt is being rendered."""
+        await self._quiet.wait()
+
+    def learn(self, info: ModelInfo) -> None:
+        """Takes the header's facts over."""
+        self.info, self.claims = info, detect(info)
+
+    def move(self, state: ModelState, reason: str | None = None) -> None:
+        """Goes to another state and says so."""
+        self.state, self.reason, self.progress = state, reason, None
+        self._events.publish(ModelStateChanged(model=self.name, state=state, reason=reason))
+        level = "error" if state is ModelState.FAILED else "info"
+        code = "model.loaded" if state is ModelState.READY else f"model.{state}"
+        self.note(level, code, f"{self.name} is {state.replace('_', ' ')}" + (f": {reason}" if reason else ""))
+
+    def note(self, level: str, code: str, msg: str, **meta: Any) -> None:
+        """An operational event of this model: to the bus and to its audit file."""
+        self._events.publish(LogLine(model=self.name, level=level, code=code, msg=msg, meta=meta or None))
+        self.audit.event(EventRow(level=level, code=code, msg=msg, meta=json.dumps(meta) if meta else None))
+
+    def loading(self, fraction: float) -> None:
+        """Notes how far a load is."""
+        if self.state is ModelState.LOADING:
+            self.progress = fraction
+            total = self.info.file_bytes if self.info else 0
+            self._events.publish(ModelProgress(model=self.name, done_bytes=round(fraction * total), total_bytes=total))
+
+    def prompt(
+        self, *, text: str | None, messages: tuple[Message, ...], raw: bool, think: bool
+    ) -> tuple[str, list[int], ReasoningParser]:
+        """Renders and tokenises. Any thread, while the engine is open.
+
+        Returns:
+            The text the model reads, its token ids, and the parser for what it answers.
+
+        Raises:
+            BadRequest: there is nothing to read, or the template refuses it.
+        """
+        assert self.engine is not None
+        model = self.engine.model
+        if raw:
+            if text is None:
+                raise BadRequest("raw needs an input text", param="raw")
+            return text, model.tokenize(text, add_special=False, parse_special=True), ReasoningParser(enabled=False)
+        turns = messages or (Message(role="user", content=text or ""),)
+        if self.format is None:
+            raise BadRequest(
+                f"{self.name} has no chat template: send the request with raw, or put a prompt_template.json beside its file",
+                param="raw",
+            )
+        rendered = self.format.render(turns, think=think)
+        bos = model.token_text(model.bos)
+        # A template that writes the BOS itself must not get a second one from the vocabulary.
+        bare = rendered.removeprefix(bos) if bos and model.adds_bos else rendered
+        tokens = model.tokenize(bare, add_special=True, parse_special=True)
+        inside = rendered.rstrip().endswith("<think>")
+        return rendered, tokens, ReasoningParser(enabled=self.has(Capability.REASONING), inside=inside)
+
+    @property
+    def level(self) -> Literal["healthy", "warning", "critical"]:
+        return backpressure_level(
+            self.n_waiting, threshold=self.settings.backpressure_threshold, capacity=self.settings.queue_max_msgs
+        )
+
+    def health(self) -> HealthDocument:
+        """The health document."""
+        info = self.info
+        present = [claim.capability.value for claim in self.claims if claim.present]
+        return HealthDocument(
+            model_name=self.name,
+            status=self.state.health_status,
+            reason=self.reason,
+            progress=self.progress,
+            last_activity=timestamp(self.stats.last_activity_ts),
+            capabilities=present,
+            endpoint=self.endpoint,
+            nats_topic=self.settings.subject,
+            version=__version__,
+            model_info=None
+            if info is None
+            else ModelInfoDocument(
+                architecture=info.architecture,
+                modalities=[word for word in ("text", "embeddings") if word in " ".join(present)],
+                parameter_count=human_count(info.n_params),
+                context_size=self.n_ctx,
+                embedding_size=info.n_embd,
+                quantization=info.quantization,
+                model_family=info.family,
+            ),
+            queue_metrics=QueueMetrics(
+                pending_messages=self.n_waiting,
+                active_processing=self.n_active,
+                total_processed=self.stats.n_finished,
+                queue_capacity=self.settings.queue_max_msgs,
+                last_processed_time=timestamp(self.stats.last_finished_ts),
+            ),
+            backpressure_status=BackpressureStatus(
+                level=self.level,
+                utilization=round(self.n_waiting / self.settings.queue_max_msgs, 4),
+                threshold=self.settings.backpressure_threshold,
+            ),
+            node=self._node,
+            start_time=self._start_time,
+        )
+
+    def report(self) -> BackpressureReport:
+        """The backpressure report of this moment."""
+        return BackpressureReport(
+            model_name=self.name,
+            pending_messages=self.n_waiting,
+            active_processing=self.n_active,
+            timestamp=timestamp(datetime.now(UTC).timestamp()) or "",
+            worker_count=self.n_slots,
+            queue_capacity=self.settings.queue_max_msgs,
+            status=self.level,
+        )

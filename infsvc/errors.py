@@ -1,0 +1,213 @@
+"""Everything that can go wrong in words a user can act on, and what each door answers.
+
+    InfsvcError
+    ├── ConfigError              a worker file or a setting is wrong: file, line, key
+    ├── HomeError                the home folder cannot be used or is another node's
+    ├── StartError               a port is taken, a broker does not start
+    ├── LoadError                a model file cannot become a running model
+    │   ├── ModelFileError       missing, truncated, not a GGUF
+    │   └── MemoryFitError       would not fit into memory
+    └── RequestError             one request cannot be served; has a code and a status
+        ├── BadRequest           400
+        │   ├── ContextLengthExceeded
+        │   └── Unsupported      a field that changes meaning and is not supported
+        ├── UnknownModel         404
+        ├── UnknownRequest       404
+        ├── TooLarge             413
+        ├── QueueFull            429
+        ├── ClientGone           499
+        ├── EngineFailed         500
+        ├── ModelNotLoaded       503
+        ├── Draining             503
+        └── AuditUnavailable     503
+
+A `RequestError` makes its own sentence and knows its `code` (a word) and `status` (HTTP's number, used over NATS too).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class InfsvcError(Exception):
+    """The root. `str(error)` is a sentence that says what, where and what to do."""
+
+
+class ConfigError(InfsvcError):
+    """A worker file or an environment setting is wrong."""
+
+    def __init__(
+        self, message: str, *, file: str | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
+        self.file, self.line, self.key = file, line, key
+        where = ":".join(str(part) for part in (file, line) if part is not None)
+        super().__init__(": ".join(part for part in (where, key, message) if part))
+
+
+class HomeError(InfsvcError):
+    """The home folder cannot be written, or another node owns it."""
+
+
+class StartError(InfsvcError):
+    """The node could not start one of its parts."""
+
+
+class LoadError(InfsvcError):
+    """A model could not be loaded; the sentence is the reason shown beside its `failed` state."""
+
+
+class ModelFileError(LoadError):
+    """The model file is missing, truncated or no GGUF."""
+
+
+class MemoryFitError(LoadError):
+    """The model would not fit into memory."""
+
+    def __init__(self, *, needed_bytes: int, free_bytes: int, parts: str) -> None:
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+        super().__init__(
+            f"needs {needed_bytes / 2**30:.1f} GiB ({parts}) and {free_bytes / 2**30:.1f} GiB are free: "
+            "lower CTX_SIZE or WORKER_CONCURRENCY, unload another model, or load with force"
+        )
+
+
+class RequestError(InfsvcError):
+    """One request cannot be served."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Extra HTTP headers of the answer."""
+        return {}
+
+    def native(self, req_id: str | None) -> dict[str, Any]:
+        """The body of a native error answer, over HTTP and NATS."""
+        body: dict[str, Any] = {"req_id": req_id, "error": str(self), "code": self.code, "status": self.status}
+        if self.param is not None:
+            body["param"] = self.param
+        return body
+
+    def openai(self) -> dict[str, Any]:
+        """The body of an error answer in OpenAI's shape."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class BadRequest(RequestError):
+    status = 400
+    code = "bad_request"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+    def __init__(self, *, n_prompt_tokens: int, n_ctx: int) -> None:
+        self.n_prompt_tokens, self.n_ctx = n_prompt_tokens, n_ctx
+        super().__init__(
+            f"the prompt has {n_prompt_tokens} tokens and the context of one sequence is {n_ctx} tokens, one of them for the "
+            "answer: shorten the input or raise CTX_SIZE",
+            param="input",
+        )
+
+
+class Unsupported(BadRequest):
+    code = "unsupported"
+
+    def __init__(self, param: str, hint: str = "") -> None:
+        super().__init__(f"{param} is not supported{': ' + hint if hint else ''}", param=param)
+
+
+class UnknownModel(RequestError):
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str, known: list[str]) -> None:
+        self.model = model
+        super().__init__(f"no model {model!r}; there are: {', '.join(known) or 'none'}", param="model")
+
+
+class UnknownRequest(RequestError):
+    status = 404
+    code = "request_not_found"
+
+
+class NotFound(RequestError):
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class TooLarge(RequestError):
+    status = 413
+    code = "too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"the body is larger than {limit_bytes / 2**20:.0f} MiB")
+
+
+class QueueFull(RequestError):
+    status = 429
+    code = "queue_full"
+
+    def __init__(self, *, model: str, n_waiting: int, capacity: int, retry_after_s: int) -> None:
+        self.n_waiting, self.capacity, self.retry_after_s = n_waiting, capacity, retry_after_s
+        super().__init__(
+            f"{model} has {n_waiting} requests waiting and room for {capacity}: try again in {retry_after_s} s"
+        )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s), "X-Queue-Depth": str(self.n_waiting)}
+
+    def native(self, req_id: str | None) -> dict[str, Any]:
+        return super().native(req_id) | {"queue_depth": self.n_waiting, "retry_after_s": self.retry_after_s}
+
+
+class ClientGone(RequestError):
+    status = 499
+    code = "client_gone"
+
+
+class EngineFailed(RequestError):
+    status = 500
+    code = "engine_failed"
+
+
+class ModelNotLoaded(RequestError):
+    status = 503
+    code = "model_not_loaded"
+
+    def __init__(self, model: str, state: str, reason: str | None = None) -> None:
+        self.model, self.state = model, state
+        hint = f" ({reason})" if reason else ""
+        super().__init__(
+            f"{model} is {state}{hint}: load it with POST /api/models/{model}/load or on the screen", param="model"
+        )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "2"} if self.state == "loading" else {}
+
+
+class Draining(RequestError):
+    status = 503
+    code = "draining"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5"}
+
+
+class AuditUnavailable(RequestError):
+    status = 503
+    code = "audit_unavailable"

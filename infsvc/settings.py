@@ -1,0 +1,336 @@
+"""Settings: one worker file a model (`envs/worker.<name>.env`), and the node's own `INFSVC_…` variables.
+
+For a worker: `INFSVC__<MODEL>__<KEY>` beats the file, the file beats a bare `KEY` in the environment, that beats the default. An
+unknown key, a wrong type or a value out of range is a `ConfigError` that names file, line and key, before anything starts.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from dotenv.parser import parse_stream
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
+
+from infsvc.errors import ConfigError
+from infsvc.home import Home
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?$")
+_SECONDS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, str):
+        match = _DURATION.match(value.strip())
+        if not match:
+            raise ValueError("a duration such as 10s, 10m or 24h")
+        return float(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, str):
+        match = _SIZE.match(value.strip())
+        if not match:
+            raise ValueError("a size such as 800M or 16G")
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+
+
+class Address:
+    """A host and a port to listen on; an empty host stands for INFSVC_BIND."""
+
+    __slots__ = ("host", "port")
+
+    def __init__(self, host: str, port: int) -> None:
+        self.host, self.port = host, port
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        host, colon, port = text.strip().rpartition(":")
+        if not colon or not port.isdigit() or int(port) > 65535:
+            raise ValueError("host:port or :port")
+        return cls(host.strip("[]"), int(port))
+
+    def bound(self, bind: str) -> Address:
+        """The address with the empty host filled."""
+        return Address(self.host or bind, self.port)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine reach `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _address_text(value: str) -> str:
+    if value:
+        Address.parse(value)
+    return value
+
+
+class WorkerSettings(BaseSettings):
+    """One model's worker file. Field names are the file's keys in lower case."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_name: str
+    model_url: str = ""
+    model_repo: str = ""
+    model_file: str = ""
+    model_sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
+    model_path: str = ""
+    model_format: Literal["auto", "template", "harmony", "embedding"] = "auto"
+    http_addr: Annotated[str, BeforeValidator(_address_text)] = ""
+    subject: str = ""
+    stream_name: str = ""
+    queue_durable: str = ""
+    queue_group: str = ""
+    response_prefix: str = "inference.reply"
+    monitoring_topic: str = "monitoring.inference"
+    backpressure_threshold: Annotated[int, Field(ge=1)] = 5
+    harmony_reasoning_level: Literal["low", "medium", "high"] = "medium"
+    harmony_extract_final: bool = True
+    harmony_model_identity: str = "ChatGPT, a large language model trained by OpenAI"
+    harmony_knowledge_cutoff: str = "2024-06"
+    worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    ctx_size: Annotated[int, Field(ge=0, le=2**24)] = 4096
+    model_threads: Annotated[int, Field(ge=0, le=512)] = 0
+    gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
+    queue_max_age: Seconds = 86400.0
+    ack_wait: Seconds = 10.0
+    max_deliver: Annotated[int, Field(ge=1)] = 5
+    max_ack_pending: Annotated[int, Field(ge=1)] = 64
+    dedupe_window: Seconds = 600.0
+    data_dir: str = "data"
+    db_path: str = ""
+    nats_url: str = ""
+
+    @field_validator("model_name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not _NAME.match(value):
+            raise ValueError("letters, digits, dots, dashes and underscores, at most 64")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_the_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("model_name"), str):
+            return values
+        name = values["model_name"]
+        embedding = values.get("model_format") == "embedding"
+        flat = re.sub(r"[^A-Za-z0-9]", "_", name)
+        derived = {
+            "model_path": f"{values.get('data_dir') or 'data'}/models/{name}/model.gguf",
+            "db_path": f"{values.get('data_dir') or 'data'}/logs/{name}.sqlite",
+            "subject": f"{'embedding' if embedding else 'inference'}.request.{name}",
+            "stream_name": f"{'EMBEDDING' if embedding else 'INFERENCE'}_{flat.upper()}",
+            "queue_durable": f"{flat}_workers",
+            "queue_group": f"{flat}_workers",
+        }
+        return values | {key: value for key, value in derived.items() if not values.get(key)}
+
+    @property
+    def address(self) -> Address | None:
+        return Address.parse(self.http_addr) if self.http_addr else None
+
+
+class NodeSettings(BaseSettings):
+    """The node's own settings, from `INFSVC_…` in the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="INFSVC_", extra="ignore", frozen=True)
+
+    names: ClassVar[frozenset[str]]
+
+    bind: str = "127.0.0.1"
+    gateway: Annotated[str, BeforeValidator(_address_text)] = ":5780"
+    nats_url: str = "nats://127.0.0.1:5700"
+    embedded_nats: Literal["auto", "off"] = "auto"
+    api_keys: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    allow_open: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    memory_limit: Bytes | None = None
+    node: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "node")
+
+    @property
+    def gateway_address(self) -> Address:
+        return Address.parse(self.gateway).bound(self.bind)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The API keys; none means that no key is asked for."""
+        return tuple(key.strip() for key in self.api_keys.split(",") if key.strip())
+
+
+NodeSettings.names = frozenset(f"INFSVC_{name.upper()}" for name in NodeSettings.model_fields) | {"INFSVC_HOME"}
+
+
+def load_node_settings(environ: Mapping[str, str] = os.environ) -> NodeSettings:
+    """Reads the node's settings; raises `ConfigError` for a bad value, an unknown name or an open door without keys."""
+    for name in environ:
+        if name.startswith("INFSVC_") and not name.startswith("INFSVC__") and name not in NodeSettings.names:
+            raise ConfigError(f"unknown setting; there are: {', '.join(sorted(NodeSettings.names))}", key=name)
+    values = {
+        key: environ[f"INFSVC_{key.upper()}"] for key in NodeSettings.model_fields if f"INFSVC_{key.upper()}" in environ
+    }
+    try:
+        settings = NodeSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(_sentence(first), key=f"INFSVC_{str(first['loc'][0]).upper()}") from None
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("INFSVC_TLS_CERT and INFSVC_TLS_KEY go together", key="INFSVC_TLS_CERT")
+    return settings
+
+
+def check_open(settings: NodeSettings, host: str, *, key: str) -> None:
+    """Refuses to listen beyond this machine without API keys, unless INFSVC_ALLOW_OPEN says so."""
+    if not is_loopback(host) and not settings.keys and not settings.allow_open:
+        raise ConfigError(
+            f"{host} is reachable from other machines and INFSVC_API_KEYS is empty: set keys, or INFSVC_ALLOW_OPEN=true "
+            "if that is meant",
+            key=key,
+        )
+
+
+def _sentence(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{message} (got {error['input']!r})" if error["type"] != "extra_forbidden" else "unknown key"
+
+
+def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str, str] = os.environ) -> WorkerSettings:
+    """Reads one worker file.
+
+    Args:
+        name: the worker's name, the file name's middle.
+        path: the file.
+        node: for NATS_URL, which may only repeat the node's own.
+        environ: where `INFSVC__<MODEL>__<KEY>` and bare keys are looked up.
+
+    Raises:
+        ConfigError: with file, line and key.
+    """
+    shown = str(path)
+    lines: dict[str, int] = {}
+    values: dict[str, Any] = {}
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for binding in parse_stream(stream):
+                if binding.error:
+                    raise ConfigError("not KEY=value", file=shown, line=binding.original.line)
+                if binding.key is None:
+                    continue
+                key = binding.key.lower()
+                if key not in WorkerSettings.model_fields:
+                    raise ConfigError("unknown key", file=shown, line=binding.original.line, key=binding.key)
+                lines[key] = binding.original.line
+                if binding.value:
+                    values[key] = binding.value
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", file=shown) from None
+
+    values.setdefault("model_name", name)
+    prefix = f"INFSVC__{re.sub(r'[.-]', '_', values['model_name']).upper()}__"
+    for variable in environ:
+        if variable.startswith(prefix) and variable.removeprefix(prefix).lower() not in WorkerSettings.model_fields:
+            raise ConfigError("unknown key", key=variable)
+
+    class Scoped(WorkerSettings):
+        @classmethod
+        def settings_customise_sources(  # type: ignore[override]
+            cls, settings_cls: type[BaseSettings], **_: Any
+        ) -> tuple[Any, ...]:
+            return (
+                _Environment(settings_cls, prefix, environ),
+                InitSettingsSource(settings_cls, values),
+                _Environment(settings_cls, "", environ, leave_out=frozenset({"model_name"})),
+            )
+
+    try:
+        settings: WorkerSettings = Scoped()
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        scoped = f"{prefix}{key.upper()}"
+        if scoped in environ:
+            raise ConfigError(_sentence(first), key=scoped) from None
+        raise ConfigError(_sentence(first), file=shown, line=lines.get(key), key=key.upper()) from None
+    if settings.nats_url and settings.nats_url != node.nats_url:
+        raise ConfigError(
+            f"the node talks to one broker, {node.nats_url} (INFSVC_NATS_URL); this names {settings.nats_url}",
+            file=shown,
+            line=lines.get("nats_url"),
+            key="NATS_URL",
+        )
+    return settings
+
+
+class _Environment(EnvSettingsSource):
+    """The environment's values under a prefix, from a given mapping."""
+
+    def __init__(
+        self,
+        settings_cls: type[BaseSettings],
+        prefix: str,
+        environ: Mapping[str, str],
+        leave_out: frozenset[str] = frozenset(),
+    ) -> None:
+        self._given = {
+            key.lower(): value for key, value in environ.items() if key.removeprefix(prefix).lower() not in leave_out
+        }
+        super().__init__(settings_cls, env_prefix=prefix, case_sensitive=False)
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return self._given
+
+
+def load_workers(home: Home, node: NodeSettings, environ: Mapping[str, str] = os.environ) -> dict[str, WorkerSettings]:
+    """All worker files by model name, as `load_worker` reads them. Two files with one MODEL_NAME are an error."""
+    found: dict[str, WorkerSettings] = {}
+    for name, path in home.worker_files().items():
+        settings = load_worker(name, path, node, environ)
+        if settings.model_name in found:
+            raise ConfigError(
+                f"{settings.model_name} is named by another worker file too", file=str(path), key="MODEL_NAME"
+            )
+        found[settings.model_name] = settings
+    return found
+
+
+def check_ports(chosen: list[WorkerSettings], node: NodeSettings) -> None:
+    """Raises `ConfigError` when two of the chosen models, or one and the gateway, want one port."""
+    taken = {node.gateway_address.port: "the gateway"}
+    for worker in chosen:
+        if worker.address is None or worker.address.port == 0:
+            continue
+        if worker.address.port in taken:
+            raise ConfigError(
+                f"{worker.model_name} and {taken[worker.address.port]} both want port {worker.address.port}",
+                file=f"envs/worker.{worker.model_name}.env",
+                key="HTTP_ADDR",
+            )
+        taken[worker.address.port] = worker.model_name

@@ -1,0 +1,195 @@
+"""The audit log: one SQLite file a model, written by one batching task, read over connections of its own.
+
+WAL and synchronous=FULL: a committed row survives kill -9 and power loss. Rows are committed in batches of at most 256, or what came
+within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on the model refuses new work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+
+from infsvc.audit import EventRow, RequestRow, columns
+
+log = logging.getLogger("infsvc.audit")
+
+MAX_BACKLOG = 20_000
+_BATCH_ROWS = 256
+_BATCH_S = 0.02
+_RETRY_S = 1.0
+
+# Applied in order; `user_version` says how many a file has. Never edit one that was released: add another.
+_MIGRATIONS = (
+    """
+    CREATE TABLE requests(
+        id INTEGER PRIMARY KEY, ts REAL NOT NULL, trace_id TEXT, req_id TEXT NOT NULL, worker_id TEXT, source TEXT,
+        reply_to TEXT, raw_input TEXT, formatted_input TEXT, input_len INTEGER, params_json TEXT, grammar_used TEXT,
+        response_text TEXT, tokens_in INTEGER, tokens_out INTEGER, dur_ms REAL, status TEXT NOT NULL, error TEXT,
+        finish_reason TEXT, ttft_ms REAL, tokens_cached INTEGER, reasoning TEXT
+    );
+    CREATE INDEX requests_ts ON requests(ts);
+    CREATE INDEX requests_req_id ON requests(req_id);
+    CREATE TABLE events(
+        id INTEGER PRIMARY KEY, ts REAL NOT NULL, level TEXT NOT NULL, code TEXT NOT NULL, msg TEXT NOT NULL, meta TEXT
+    );
+    CREATE INDEX events_ts ON events(ts);
+    """,
+)
+
+
+def _insert(table: str, row: RequestRow | EventRow) -> tuple[str, list[Any]]:
+    values = columns(row)
+    names = ", ".join(values)
+    return f"INSERT INTO {table}({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
+
+
+class AuditLog:
+    """Writes one model's audit file. Loop thread; the file is opened at the first row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: deque[tuple[str, list[Any]]] = deque()
+        self._wake = asyncio.Event()
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+        self._fault: str | None = None
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why new work must be refused, or None."""
+        return self._fault if self._fault is not None and len(self._rows) >= MAX_BACKLOG else None
+
+    def record(self, row: RequestRow) -> None:
+        """Takes a request's row over."""
+        self._put(_insert("requests", row))
+
+    def event(self, row: EventRow) -> None:
+        """Takes an event's row over."""
+        self._put(_insert("events", row))
+
+    async def flush(self) -> None:
+        """Waits until every row taken so far is on disk."""
+        await self._empty.wait()
+
+    async def close(self, *, timeout_s: float = 3.0) -> None:
+        """Writes what is left and closes the file; says how many rows a dead disk cost."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=timeout_s)
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._rows:
+            log.error(
+                f"{len(self._rows)} audit rows could not be written to {self.path}: {self._fault}",
+                extra={"code": "audit.lost", "meta": {"rows": len(self._rows)}},
+            )
+
+    def _put(self, row: tuple[str, list[Any]]) -> None:
+        self._rows.append(row)
+        self._empty.clear()
+        self._wake.set()
+        if self._task is None and not self._closing:
+            self._task = asyncio.create_task(self._write(), name=f"audit-{self.path.stem}")
+
+    async def _write(self) -> None:
+        """The writer: opens, batches, commits, and begins anew after a fault."""
+        while self._rows or not self._closing:
+            try:
+                await self._write_until_fault()
+            except (sqlite3.Error, OSError) as error:
+                if self._fault is None:
+                    log.error(
+                        f"the audit log {self.path} cannot be written: {error}; rows are kept and tried again",
+                        extra={"code": "audit.fault"},
+                    )
+                self._fault = str(error)
+                if self._closing:
+                    return
+                await asyncio.sleep(_RETRY_S)
+
+    async def _write_until_fault(self) -> None:
+        async with aiosqlite.connect(self.path, isolation_level=None) as db:
+            await _prepare(db)
+            while self._rows or not self._closing:
+                if not self._rows:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    if not self._closing:
+                        await asyncio.sleep(_BATCH_S)
+                    continue
+                batch = [self._rows[index] for index in range(min(_BATCH_ROWS, len(self._rows)))]
+                await db.execute("BEGIN")
+                try:
+                    for sql, values in batch:
+                        await db.execute(sql, values)
+                    await db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        await db.execute("ROLLBACK")
+                    raise
+                for _ in batch:
+                    self._rows.popleft()
+                if self._fault is not None:
+                    self._fault = None
+                    log.info(f"the audit log {self.path} is written again", extra={"code": "audit.recovered"})
+                if not self._rows:
+                    self._empty.set()
+
+
+async def _prepare(db: aiosqlite.Connection) -> None:
+    """Sets the journal up and brings the tables to the newest form."""
+    await db.execute("PRAGMA journal_mode=WAL")
+    await db.execute("PRAGMA synchronous=FULL")
+    await db.execute("PRAGMA busy_timeout=5000")
+    async with db.execute("PRAGMA user_version") as cursor:
+        row = await cursor.fetchone()
+    applied = int(row[0]) if row else 0
+    for number, migration in enumerate(_MIGRATIONS[applied:], applied + 1):
+        await db.executescript(f"BEGIN; {migration} PRAGMA user_version={number}; COMMIT;")
+
+
+class AuditReader:
+    """Reads audit files, each query over its own read-only connection."""
+
+    def __init__(self, paths: dict[str, Path]) -> None:
+        self._paths = paths
+
+    async def rows(
+        self, model: str, *, limit: int, status: str | None = None, since: float | None = None
+    ) -> list[dict[str, Any]]:
+        """A model's newest requests first. No file yet means no rows; an unknown model is a KeyError."""
+        where: list[str] = ["1=1"]
+        values: list[Any] = []
+        if status is not None:
+            where.append("status = ?")
+            values.append(status)
+        if since is not None:
+            where.append("ts >= ?")
+            values.append(since)
+        return await self._query(
+            model, f"SELECT * FROM requests WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", [*values, limit]
+        )
+
+    async def _query(self, model: str, sql: str, values: list[Any]) -> list[dict[str, Any]]:
+        path = self._paths[model]
+        if not path.is_file():
+            return []
+        async with aiosqlite.connect(f"{path.as_uri()}?mode=ro", uri=True) as db:
+            db.row_factory = sqlite3.Row
+            try:
+                async with db.execute(sql, values) as cursor:
+                    return [dict(row) for row in await cursor.fetchall()]
+            except sqlite3.OperationalError as error:
+                # The file is there and its tables are not yet.
+                if "no such table" in str(error):
+                    return []
+                raise

@@ -1,0 +1,266 @@
+"""The node: builds every part once, starts them in order, and ends them in the opposite one. `async with Node(...) as node`.
+
+Parts that can fail alone (a model, the broker) fail as states; what makes no sense without (the home, a port) raises on the way in, and
+what had started by then is ended again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+
+import psutil
+
+from engine.fleet import Fleet
+from engine.service import InferenceService
+from engine.worker import Worker
+from infsvc import __version__
+from infsvc.audit import EventRow
+from infsvc.errors import UnknownModel
+from infsvc.events import EventBus
+from infsvc.home import Home, HomeLock
+from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
+from storage.audit_log import AuditLog, AuditReader
+from storage.node_state import NodeState
+from transports.http.app import build_app
+from transports.http.server import HttpServer
+from transports.logs import NodeLog
+from transports.nats.bus import Bus
+from transports.nats.front_door import FrontDoor
+from transports.nats.heartbeat import Heartbeats
+
+log = logging.getLogger("infsvc.node")
+
+GRACE_S = 3.0
+"""How long running work has at the end of a node."""
+
+_SAMPLE_S = 1.0
+
+
+@dataclass(frozen=True)
+class SystemUsage:
+    """Memory in bytes: of the machine, and of this process."""
+
+    ram_used_bytes: int
+    ram_total_bytes: int
+    node_rss_bytes: int
+
+
+class Node:
+    """Owns models, doors and logs. Its parts may be read before it has started: models are then absent or on disk.
+
+    Args:
+        workers: every worker file's settings by model name.
+        chosen: models to load at the start.
+        log_to_stdout: whether the structured log also goes to standard output (a node without a screen).
+
+    Raises:
+        ConfigError: two chosen models want one port, or a door would be open without keys.
+        UnknownModel: a chosen model has no worker file.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        settings: NodeSettings,
+        workers: dict[str, WorkerSettings],
+        chosen: Sequence[str],
+        *,
+        log_to_stdout: bool = False,
+    ) -> None:
+        for name in chosen:
+            if name not in workers:
+                raise UnknownModel(name, sorted(workers))
+        check_ports([workers[name] for name in chosen], settings)
+        check_open(settings, settings.gateway_address.host, key="INFSVC_GATEWAY")
+        for name in chosen:
+            address = workers[name].address
+            if address is not None:
+                check_open(settings, address.bound(settings.bind).host, key="HTTP_ADDR")
+        self.home, self.settings = home, settings
+        self.name = settings.node
+        self.start_time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        self.stopping = asyncio.Event()
+        self.events = EventBus(self.name)
+        self._chosen = tuple(dict.fromkeys(chosen))
+        self._lock = HomeLock(home)
+        self._log_to_stdout = log_to_stdout
+        self._audits = {name: AuditLog(home.root / worker.db_path) for name, worker in workers.items()}
+        self._state = NodeState(home.root / "data/run/state.json")
+        self._scheme = "https" if settings.tls_cert else "http"
+        self.logs = AuditReader({name: audit.path for name, audit in self._audits.items()})
+        self.fleet = Fleet(
+            home,
+            workers,
+            events=self.events,
+            audit=lambda worker: self._audits[worker.model_name],
+            endpoint=self._endpoint,
+            node=self.name,
+            start_time=self.start_time,
+            memory_limit_bytes=settings.memory_limit,
+        )
+        self.service = InferenceService(self.fleet, events=self.events, node=self.name)
+        self.bus = Bus(
+            settings.nats_url, embedded=settings.embedded_nats, home=home, events=self.events, node=self.name
+        )
+        self._front_door = FrontDoor(self.bus, self.fleet, self.service, self.stopping)
+        self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
+        self._servers: dict[str, HttpServer] = {}
+        self._gateway: HttpServer | None = None
+        self._exits = contextlib.AsyncExitStack()
+
+    @property
+    def gateway_url(self) -> str:
+        """Where programs reach every model of this node."""
+        address = self.settings.gateway_address
+        port = self._gateway.port if self._gateway is not None else address.port
+        return f"{self._scheme}://{Address(_reachable(address.host), port)}"
+
+    async def __aenter__(self) -> Node:
+        exits = self._exits
+        try:
+            self._lock.acquire()
+            exits.callback(self._lock.release)
+            self.events.bind(asyncio.get_running_loop())
+            node_log = NodeLog(self.home.logs, self.events, level=self.settings.log_level, stdout=self._log_to_stdout)
+            exits.push_async_callback(node_log.close)
+            node_log.start()
+            exits.push_async_callback(self._close_audits)
+            self._note("startup", f"infsvc {__version__} starts as {self.name} in {self.home.root}")
+            exits.push_async_callback(self.fleet.close)
+            # Ports first: a taken one ends the start before any model is read.
+            self._gateway = HttpServer(build_app(self, None), self.settings.gateway_address, tls=self._tls)
+            await self._gateway.start()
+            exits.push_async_callback(self._gateway.close)
+            exits.push_async_callback(self._close_ports)
+            for name in self._chosen:
+                await self._open_port(self.fleet.get(name))
+            self._note("services.init", f"HTTP on {self.gateway_url}", gateway=self.gateway_url)
+            for name in self._chosen:
+                self.fleet.load(name)
+            self.fleet.scan()
+            for part in (self.bus, self._front_door, self._heartbeats):
+                await part.start()
+                exits.push_async_callback(part.close)
+            self._note("health.started", "heartbeats and health replies")
+            self._note("monitoring.started", "backpressure reports")
+            sampler = asyncio.create_task(self._sample(), name="sampler")
+            exits.push_async_callback(_ended, sampler)
+            self._lock.tell(node=self.name, gateway=self.gateway_url, started=self.start_time, version=__version__)
+            self._remember()
+            self._note("server.ready", f"ready on {self.gateway_url}")
+        except BaseException:
+            await exits.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._note("shutdown", f"{self.name} stops")
+        await self.service.drain(GRACE_S)
+        self.stopping.set()
+        await self._exits.aclose()
+
+    async def load(self, name: str, *, force: bool = False) -> Worker:
+        """Opens the model's port and begins to load it; returns at once with the state `loading`.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+            StartError: its port is taken.
+            ConfigError: its port is another model's, or open without keys.
+        """
+        worker = self.fleet.get(name)
+        await self._open_port(worker)
+        self.fleet.load(name, force=force)
+        self._remember()
+        return worker
+
+    async def unload(self, name: str) -> None:
+        """Drains and frees the model and closes its port. Called again while it drains, it ends what still runs."""
+        await self.fleet.unload(name)
+        server = self._servers.pop(name, None)
+        if server is not None:
+            await server.close()
+        self._remember()
+
+    def system(self) -> SystemUsage:
+        """Memory, read now; some microseconds."""
+        memory = psutil.virtual_memory()
+        return SystemUsage(memory.total - memory.available, memory.total, psutil.Process().memory_info().rss)
+
+    @property
+    def _tls(self) -> tuple[str, str] | None:
+        return (self.settings.tls_cert, self.settings.tls_key) if self.settings.tls_cert else None
+
+    def _endpoint(self, worker: WorkerSettings) -> str:
+        if worker.address is None:
+            return ""
+        address = worker.address.bound(self.settings.bind)
+        return f"{self._scheme}://{Address(_reachable(address.host), address.port)}"
+
+    async def _open_port(self, worker: Worker) -> None:
+        address = worker.settings.address
+        if address is None or worker.name in self._servers:
+            return
+        bound = address.bound(self.settings.bind)
+        check_open(self.settings, bound.host, key="HTTP_ADDR")
+        others = [self.fleet.get(name).settings for name in self._servers]
+        check_ports([*others, worker.settings], self.settings)
+        server = HttpServer(build_app(self, worker.name), bound, tls=self._tls)
+        await server.start()
+        self._servers[worker.name] = server
+        worker.endpoint = f"{self._scheme}://{Address(_reachable(bound.host), server.port)}"
+
+    async def _close_ports(self) -> None:
+        servers, self._servers = list(self._servers.values()), {}
+        await asyncio.gather(*(server.close() for server in servers))
+
+    async def _close_audits(self) -> None:
+        await asyncio.gather(*(audit.close() for audit in self._audits.values()))
+
+    async def _sample(self) -> None:
+        """Once a second, a point of each model's history."""
+        while True:
+            for worker in self.fleet.workers.values():
+                worker.stats.sample(n_waiting=worker.n_waiting, n_active=worker.n_active)
+            await asyncio.sleep(_SAMPLE_S)
+
+    def _remember(self) -> None:
+        names = [worker.name for worker in self.fleet.workers.values() if worker.asked]
+        try:
+            self._state.remember(names)
+        except OSError as error:
+            log.warning(f"which models run cannot be remembered: {error}", extra={"code": "node.state"})
+
+    def _note(self, code: str, msg: str, **meta: str) -> None:
+        """A node-wide event: in the log, and in the file of every model that was asked for."""
+        log.info(msg, extra={"code": code, "meta": meta or None})
+        for worker in self.fleet.workers.values():
+            if worker.asked or worker.name in self._chosen:
+                worker.audit.event(EventRow(level="info", code=code, msg=msg))
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _reachable(host: str) -> str:
+    """The name under which this machine reaches a bound host."""
+    return "127.0.0.1" if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host
+
+
+def chosen_models(home: Home, named: Sequence[str], workers: dict[str, WorkerSettings]) -> list[str]:
+    """The models to load: those named, else those that ran last, else `demo`."""
+    if named:
+        return list(named)
+    last = NodeState(home.root / "data/run/state.json").models()
+    if last is None:
+        return [name for name in ("demo",) if name in workers]
+    return [name for name in last if name in workers]
