@@ -73,6 +73,20 @@ class Home:
                 found[path.name.removeprefix("worker.").removesuffix(".env")] = path
         return dict(sorted(found.items()))
 
+    def make(self) -> None:
+        """Makes the folders a node writes to, or raises `HomeError`."""
+        try:
+            for folder in ("data/logs", "data/run", "data/models", "envs"):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+                probe = self.root / folder / ".writable"
+                probe.write_bytes(b"")
+                probe.unlink()
+        except OSError as error:
+            raise HomeError(
+                f"the home folder {self.root} cannot be written ({error.strerror or error}): "
+                "make it writable, or name another with INFSVC_HOME"
+            ) from error
+
     @property
     def node_file(self) -> Path:
         """Who runs here: `{pid, node, gateway, started}`."""
@@ -112,17 +126,7 @@ class HomeLock:
         """Makes the folders and takes the lock, or raises `HomeError`. Blocks for milliseconds at most."""
         from filelock import FileLock, Timeout
 
-        try:
-            for folder in ("data/logs", "data/run", "data/models", "envs"):
-                (self._home.root / folder).mkdir(parents=True, exist_ok=True)
-            probe = self._home.root / "data/run/.writable"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise HomeError(
-                f"the home folder {self._home.root} cannot be written ({error.strerror or error}): "
-                "make it writable, or name another with INFSVC_HOME"
-            ) from error
+        self._home.make()
         lock = FileLock(self._home.root / "data/run/node.lock", timeout=0)
         try:
             lock.acquire()

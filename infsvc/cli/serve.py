@@ -1,0 +1,43 @@
+"""`infsvc serve`: the node with no screen."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+import click
+
+from infsvc.cli.build import build_node
+from infsvc.cli.outcome import friendly
+
+if TYPE_CHECKING:
+    from transports.node import Node
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@friendly
+def serve(models: tuple[str, ...]) -> None:
+    """Run a node without a screen; each log line is a JSON object on standard output.
+
+    MODEL names envs/worker.<MODEL>.env. With none, those that ran last are loaded; on a first run the demo model.
+    SIGTERM and SIGINT let running work go on for 3 seconds, then end it.
+    """
+    asyncio.run(_serve(build_node(models, log_to_stdout=True)))
+
+
+async def _serve(node: Node) -> None:
+    stop = asyncio.Event()
+    on_stop(asyncio.get_running_loop(), stop.set)
+    async with node:
+        await stop.wait()
+
+
+def on_stop(loop: asyncio.AbstractEventLoop, stop: object) -> None:
+    """Calls `stop` on SIGTERM and SIGINT, where the system's loop can."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop)  # type: ignore[arg-type]
+        except NotImplementedError:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))  # type: ignore[arg-type]
