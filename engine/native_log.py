@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+# What llama.cpp prints hundreds of times a load about its graphs; of use only to its own developers.
+_NOISE = re.compile(r"(llama_graph_n_input_tensors|graph_reserve|create_tensor|set_abort_callback|~llama_context):?\b")
 _MAX_BYTES = 16 * 2**20
 _WARNING = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
 _ERROR = re.compile(r"\b(error|failed|fatal|abort|assert)\b", re.IGNORECASE)
@@ -66,4 +68,6 @@ def _level(text: str) -> str:
     """How serious a line of llama.cpp sounds; its own level is not in the text."""
     if _ERROR.search(text):
         return "error" if "failed" in text.lower() or "fatal" in text.lower() or "abort" in text.lower() else "warning"
-    return "warning" if _WARNING.search(text) else "debug"
+    if _NOISE.match(text):
+        return "debug"
+    return "warning" if _WARNING.search(text) else "info"
