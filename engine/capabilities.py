@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from engine.model_info import ModelInfo
 from infsvc.types import Capability
 
-_THINK_MARKS = ("<think>", "<|channel|>", "[THINK]", "<|START_THINKING|>", "<seed:think>")
+# The mark that `engine.output` can tell apart, and those it cannot yet.
+_THINK_MARK = "<think>"
+_OTHER_THINK_MARKS = ("<|channel|>", "[THINK]", "<|START_THINKING|>", "<seed:think>")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ def _embeddings(info: ModelInfo, generates: bool) -> tuple[bool, str]:
 def _reasoning(info: ModelInfo, generates: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
-    for mark in _THINK_MARKS:
+    for mark in (_THINK_MARK, *_OTHER_THINK_MARKS):
+        served = mark == _THINK_MARK
+        but = "" if served else "; this form of reasoning is not told apart by this version"
         if mark in info.special_tokens:
-            return True, f"{mark} is a token of the vocabulary"
+            return served, f"{mark} is a token of the vocabulary{but}"
         if info.chat_template and mark in info.chat_template:
-            return True, f"the chat template writes {mark}"
+            return served, f"the chat template writes {mark}{but}"
     return False, "neither vocabulary nor chat template know a mark of reasoning"
 
 
@@ -61,5 +65,5 @@ def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
     if info.chat_template and "tools" in info.chat_template:
-        return True, "the chat template lists tools"
+        return False, "the chat template lists tools; tool calls are not served by this version"
     return False, "the chat template has no place for tools" if info.chat_template else "no chat template"

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,9 @@ class Engine:
         self._on_died = on_died
         self._inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._gate = threading.Lock()
+        self._ended = False
+        self._died: str | None = None
         self._model: LlamaModel | None = None
         self._context: LlamaContext | None = None
         self._running: tuple[Sequence, ...] = ()
@@ -111,6 +116,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread; `loaded` is done when the model is ready, or holds the `LoadError`."""
+        self.loaded.set_running_or_notify_cancel()
         self._thread.start()
 
     @property
@@ -121,8 +127,16 @@ class Engine:
         return self._model
 
     def submit(self, sequence: Sequence) -> None:
-        """Hands a sequence over; its listener hears of all that follows. The caller has checked that it fits `n_ctx`."""
-        self._inbox.put(sequence)
+        """Hands a sequence over; its listener hears of all that follows, of its end in any case.
+
+        The caller has checked that the prompt is not empty and fits `n_ctx`; one that does not ends as an error. Once the engine has
+        ended a sequence ends at once: as cancelled, or as an error when the engine died.
+        """
+        with self._gate:
+            if not self._ended:
+                self._inbox.put(sequence)
+                return
+        self._post(_hand_out, [self._farewell(sequence)])
 
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence between two steps, or in the middle of one when nobody else is in the batch."""
@@ -149,38 +163,38 @@ class Engine:
     # -- the engine's thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        died: str | None = None
         scheduler: Scheduler | None = None
         try:
             try:
                 context, batch = self._load()
             except BaseException as error:
                 known = isinstance(error, LoadError)
-                self.loaded.set_exception(error if known else LoadError(f"the load failed: {error}"))
+                self._died = str(error) if known else f"the load failed: {error}"
+                self.loaded.set_exception(error if known else LoadError(self._died))
                 return
             scheduler = Scheduler(n_slots=self.options.n_slots, n_batch=min(context.n_batch, N_BATCH))
             self.loaded.set_result(None)
             while not self._closing.is_set():
                 self._step(context, batch, scheduler)
         except Exception as error:
-            died = f"the engine of {self.name} stopped: {error}"
-            log.exception(died, extra={"code": "engine.died", "model": self.name})
+            self._died = f"the engine of {self.name} stopped: {error}"
+            log.exception(self._died, extra={"code": "engine.died", "model": self.name})
         finally:
-            if scheduler is not None:
-                self._end_all(scheduler, died)
+            self._end_all(scheduler)
             if self._context is not None:
                 self._context.close()
             if self._model is not None:
                 self._model.close()
-            if died is not None and self._on_died is not None:
-                self._post(self._on_died, died)
+            if self._died is not None and scheduler is not None and self._on_died is not None:
+                self._post(self._on_died, self._died)
 
     def _load(self) -> tuple[LlamaContext, Batch]:
         options = self.options
 
         def progress(fraction: float) -> bool:
             if self._on_progress is not None:
-                self._on_progress(fraction)
+                with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+                    self._on_progress(fraction)
             return not self._closing.is_set()
 
         on_gpu = supports_gpu() and options.n_gpu_layers != 0
@@ -239,10 +253,17 @@ class Engine:
             except queue.Empty:
                 return
 
-    @staticmethod
-    def _take(scheduler: Scheduler, item: Sequence | None) -> None:
-        if item is not None:
+    def _take(self, scheduler: Scheduler, item: Sequence | None) -> None:
+        if item is None:
+            return
+        if 0 < item.n_prompt < min(item.n_ctx, self.n_ctx):
             scheduler.add(item)
+            return
+        # It would make the whole batch fail.
+        self.counters.n_finished += 1
+        item.state = SequenceState.FINISHED
+        error = f"a prompt of {item.n_prompt} tokens does not fit a context of {min(item.n_ctx, self.n_ctx)}"
+        self._outbox.append(SequenceFinished(item, time.perf_counter(), "", "error", error))
 
     def _begin(self, sequence: Sequence) -> None:
         spec = sequence.sampler
@@ -252,7 +273,7 @@ class Engine:
             sequence.penalties = Penalties(spec)
             for token in sequence.prompt[-spec.repeat_last_n :]:
                 sequence.penalties.accept(token)
-        self._outbox.append(SequenceStarted(sequence, time.perf_counter()))
+        self._outbox.append(SequenceStarted(sequence, time.perf_counter(), sequence.slot))
 
     def _decode(self, context: LlamaContext, batch: Batch, scheduler: Scheduler, shares: list[Share]) -> None:
         batch.clear()
@@ -261,7 +282,7 @@ class Engine:
         ]
         rc = context.decode(batch)
         if rc == DECODE_ABORTED:
-            # Nothing of an aborted batch is kept, and no sequence has moved on: the next step drops the cancelled and tries again.
+            # Nothing of an aborted batch is kept and no sequence has moved on: the next step drops the cancelled and tries again.
             return
         if rc != DECODE_OK:
             self._make_room(context, scheduler, shares)
@@ -303,7 +324,15 @@ class Engine:
             logits[model.eog] = -float("inf")
         if sequence.penalties is not None:
             sequence.penalties.apply(logits)
-        token = int(logits.argmax()) if sequence.chain is None else sequence.chain.draw(context, position)
+        token = int(logits.argmax())
+        if not math.isfinite(logits[token]):
+            # llama.cpp's draw aborts on these.
+            self._finish(
+                context, scheduler, sequence, "error", "the model computed no usable number: its file is damaged"
+            )
+            return
+        if sequence.chain is not None:
+            token = sequence.chain.draw(context, position)
         if sequence.penalties is not None:
             sequence.penalties.accept(token)
         sequence.state = SequenceState.DECODE
@@ -322,13 +351,13 @@ class Engine:
 
     def _finish(
         self,
-        context: LlamaContext | None,
+        context: LlamaContext,
         scheduler: Scheduler,
         sequence: Sequence,
         reason: str,
         error: str | None = None,
     ) -> None:
-        if sequence.slot >= 0 and context is not None:
+        if sequence.slot >= 0:
             context.forget(sequence.slot)
         scheduler.remove(sequence)
         if sequence.chain is not None:
@@ -338,17 +367,33 @@ class Engine:
         rest = sequence.assembler.finish() if reason != "error" else ""
         self._outbox.append(SequenceFinished(sequence, time.perf_counter(), rest, reason, error))
 
-    def _end_all(self, scheduler: Scheduler, died: str | None) -> None:
-        """The last act: everyone still here hears of the end."""
+    def _end_all(self, scheduler: Scheduler | None) -> None:
+        """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half changed."""
+        with self._gate:
+            self._ended = True
+        left = [] if scheduler is None else [*scheduler.running, *scheduler.waiting]
         while True:
             try:
-                self._take(scheduler, self._inbox.get_nowait())
+                item = self._inbox.get_nowait()
             except queue.Empty:
                 break
-        for sequence in (*scheduler.running, *scheduler.waiting):
-            self._finish(None, scheduler, sequence, "error" if died else "cancelled", died)
+            if item is not None:
+                left.append(item)
+        for sequence in left:
+            self._outbox.append(self._farewell(sequence))
+            if sequence.chain is not None:
+                sequence.chain.close()
         self._running = ()
         self._deliver()
+
+    def _farewell(self, sequence: Sequence) -> SequenceFinished:
+        """The end of a sequence that an ended engine will not go on with."""
+        self.counters.n_finished += 1
+        self.counters.n_cancelled += self._died is None
+        sequence.state, sequence.slot = SequenceState.FINISHED, -1
+        rest = sequence.assembler.finish() if self._died is None else ""
+        reason = "cancelled" if self._died is None else "error"
+        return SequenceFinished(sequence, time.perf_counter(), rest, reason, self._died)
 
     def _deliver(self) -> None:
         if self._outbox:
@@ -365,6 +410,9 @@ class Engine:
 
 
 def _hand_out(events: list[SequenceEvent]) -> None:
-    """On the loop: each event to its sequence's listener."""
+    """On the loop: each event to its sequence's listener. One that fails costs the others nothing."""
     for event in events:
-        event.sequence.listener(event)
+        try:
+            event.sequence.listener(event)
+        except Exception:
+            log.exception("an event could not be delivered", extra={"code": "engine.listener_failed"})

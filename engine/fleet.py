@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from engine import memory_fit
 from engine.engine import N_BATCH, Engine, EngineOptions
@@ -71,6 +72,7 @@ class Fleet:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probe: asyncio.Task[bool] | None = None
         self._reserved_bytes: dict[str, int] = {}
+        self._stopping: set[str] = set()
 
     def get(self, name: str) -> Worker:
         """The model by its name, or `UnknownModel`."""
@@ -86,23 +88,26 @@ class Fleet:
                 self._spawn(worker.name, self._look(worker))
 
     def load(self, name: str, *, force: bool = False) -> Worker:
-        """Begins to load; returns at once. Does nothing for a model that is loading or ready.
+        """Begins to load; returns at once. Does nothing for a model that is loading or ready; one on its way out is loaded again
+        when it is out.
 
         Raises:
             UnknownModel: no worker file has that name.
         """
         worker = self.get(name)
-        worker.asked = True
-        if worker.state not in (ModelState.LOADING, ModelState.READY, ModelState.DRAINING):
-            before = self._tasks.get(name)
+        asked, worker.asked = worker.asked, True
+        before = self._tasks.get(name)
+        if worker.state is ModelState.DRAINING or name in self._stopping:
+            if not asked:
+                self._spawn(name, self._load_again(worker, before, force=force))
+        elif worker.state not in (ModelState.LOADING, ModelState.READY):
             worker.move(ModelState.LOADING)
             self._spawn(name, self._load(worker, before, force=force))
         return worker
 
     async def settled(self, name: str) -> Worker:
-        """Waits until a load that was begun has ended, well or not."""
-        task = self._tasks.get(name)
-        if task is not None:
+        """Waits until what was begun with the model has ended, well or not."""
+        while (task := self._tasks.get(name)) is not None and not task.done():
             await asyncio.wait([task])
         return self.get(name)
 
@@ -114,32 +119,34 @@ class Fleet:
             for generation in tuple(worker.requests.values()):
                 generation.cancel()
             await self.settled(name)
-            return
-        if worker.state is ModelState.LOADING:
+        elif worker.state is ModelState.LOADING:
+            self._stopping.add(name)
             if worker.engine is not None:
                 worker.engine.close()
             await self.settled(name)
-            if self.get(name).state is not ModelState.READY:
-                worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
-                return
-        if self.get(name).state is ModelState.READY:
+        elif worker.state is ModelState.READY:
             worker.move(ModelState.DRAINING)
             self._spawn(name, self._drain(worker, grace_s))
             await self.settled(name)
         elif worker.state is ModelState.FAILED:
-            worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
+            self._rest(worker)
 
     async def close(self) -> None:
         """Ends all engines at once; what still runs is cancelled."""
-        await asyncio.gather(*(self.unload(name, grace_s=0) for name in self.workers))
+        await asyncio.gather(*(self.unload(name, grace_s=0) for name in self.workers), return_exceptions=True)
         tasks = [task for task in (*self._tasks.values(), self._probe) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _spawn(self, name: str, work: object) -> None:
-        self._tasks[name] = asyncio.create_task(work, name=f"model-{name}")  # type: ignore[arg-type]
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks[name] = asyncio.create_task(work, name=f"model-{name}")
+
+    @staticmethod
+    def _rest(worker: Worker) -> None:
+        """Back to where a model is that nobody runs."""
+        worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
 
     async def _look(self, worker: Worker) -> None:
         try:
@@ -150,6 +157,14 @@ class Fleet:
     async def _header(self, worker: Worker) -> ModelInfo:
         return await asyncio.get_running_loop().run_in_executor(self.pool, read_model_info, worker.path)
 
+    async def _load_again(self, worker: Worker, before: asyncio.Task[None] | None, *, force: bool) -> None:
+        """Loads a model that was on its way out, if it is still wanted when it is out."""
+        if before is not None:
+            await asyncio.wait([before])
+        if worker.asked and worker.state not in (ModelState.LOADING, ModelState.READY, ModelState.DRAINING):
+            worker.move(ModelState.LOADING)
+            await self._load(worker, None, force=force)
+
     async def _load(self, worker: Worker, before: asyncio.Task[None] | None, *, force: bool) -> None:
         try:
             if before is not None:
@@ -159,18 +174,37 @@ class Fleet:
             worker.learn(info)
             self._check(worker, info, force=force)
             await self._start_engine(worker, info)
+            if worker.name in self._stopping:
+                # It was ready before it heard that it should stop.
+                worker.move(ModelState.DRAINING)
+                await self._drain(worker, 0)
         except LoadError as error:
-            self._failed(worker, str(error))
+            self._not_loaded(worker, str(error))
         except Exception as error:
             log.exception("a load failed", extra={"code": "model.load_error", "model": worker.name})
-            self._failed(worker, f"the load failed: {error}")
+            self._not_loaded(worker, f"the load failed: {error}")
+        finally:
+            self._stopping.discard(worker.name)
+
+    def _not_loaded(self, worker: Worker, reason: str) -> None:
+        if worker.name in self._stopping:
+            self._reserved_bytes.pop(worker.name, None)
+            self._rest(worker)
+        else:
+            self._failed(worker, reason)
 
     def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> None:
         if not worker.has(Capability.TEXT_GENERATION):
             raise LoadError("an embedding model, and embeddings are not served by this version")
         need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
         if not force:
-            memory_fit.check(need, limit_bytes=self._memory_limit_bytes, used_bytes=sum(self._reserved_bytes.values()))
+            pending = (n for name, n in self._reserved_bytes.items() if self.workers[name].state is ModelState.LOADING)
+            memory_fit.check(
+                need,
+                limit_bytes=self._memory_limit_bytes,
+                used_bytes=sum(self._reserved_bytes.values()),
+                pending_bytes=sum(pending),
+            )
         self._reserved_bytes[worker.name] = need.total_bytes
 
     async def _start_engine(self, worker: Worker, info: ModelInfo) -> None:
@@ -180,6 +214,13 @@ class Fleet:
         def on_progress(fraction: float) -> None:
             loop.call_soon_threadsafe(worker.loading, fraction)
 
+        def on_died(reason: str) -> None:
+            if worker.engine is engine:
+                self._failed(worker, reason)
+
+        may_repack = await self._may_repack()
+        if worker.name in self._stopping:
+            raise LoadError("the load was stopped")
         engine = Engine(
             worker.name,
             EngineOptions(
@@ -188,11 +229,11 @@ class Fleet:
                 n_slots=worker.n_slots,
                 n_threads=worker.settings.model_threads,
                 n_gpu_layers=-1 if layers == "auto" else layers,
-                use_extra_bufts=await self._may_repack(),
+                use_extra_bufts=may_repack,
             ),
             loop,
             on_progress=on_progress,
-            on_died=lambda reason: self._failed(worker, reason),
+            on_died=on_died,
         )
         worker.engine = engine
         engine.start()
@@ -205,14 +246,17 @@ class Fleet:
                     worker.path, info.chat_template, bos=model.token_text(model.bos), eos=model.token_text(model.eos)
                 ),
             )
-        except LoadError:
+        except BaseException:
             await self._end_engine(worker)
             raise
-        worker.move(ModelState.READY)
+        if worker.engine is engine:  # else it died meanwhile, and `_failed` has said so
+            worker.move(ModelState.READY)
 
     async def _may_repack(self) -> bool:
         """The probe's answer, asked once a node; the demo model is what it decodes with."""
-        if self._probe is None or (self._probe.done() and self._probe.exception() is not None):
+        if self._probe is None or (
+            self._probe.done() and (self._probe.cancelled() or self._probe.exception() is not None)
+        ):
             demo = self._home.shipped / Path("data/models/demo/model.gguf")
             if not demo.is_file():
                 return True
@@ -234,15 +278,16 @@ class Fleet:
         await self._end_engine(worker)
         # A failure on the way out has said so already.
         if worker.state is ModelState.DRAINING:
-            worker.move(ModelState.ON_DISK if worker.path.is_file() else ModelState.ABSENT)
+            self._rest(worker)
 
     async def _end_engine(self, worker: Worker) -> None:
         """Closes the engine and waits for its thread, off the loop. Prompts that are being rendered still use its vocabulary."""
         await worker.quiet()
-        engine, self._reserved_bytes[worker.name] = worker.engine, 0
+        engine = worker.engine
         if engine is not None:
             engine.close()
             ended = await asyncio.get_running_loop().run_in_executor(None, engine.join, _JOIN_S)
             if not ended:
                 log.error("an engine does not end", extra={"code": "engine.stuck", "model": worker.name})
+        self._reserved_bytes.pop(worker.name, None)
         worker.engine = worker.format = None

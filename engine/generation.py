@@ -137,9 +137,15 @@ class Generation:
 
     def on_event(self, event: SequenceEvent) -> None:
         """Takes an event of the engine; called on the loop, in order."""
+        try:
+            self._take(event)
+        finally:
+            self._wake.set()
+
+    def _take(self, event: SequenceEvent) -> None:
         match event:
             case SequenceStarted():
-                self.slot = event.sequence.slot
+                self.slot = event.slot
             case TokenEmitted():
                 self.tokens_out += 1
                 self._last_s = event.at_s
@@ -153,7 +159,6 @@ class Generation:
                 self._show(self._parser.feed(event.text))
                 self._show(self._parser.finish())
                 self._end(event)
-        self._wake.set()
 
     def _show(self, parsed: Parsed) -> None:
         if parsed.text or parsed.reasoning:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 
+from engine.model_info import read_model_info
 from engine.sampling import SamplerSpec
 from infsvc.errors import LoadError
 
@@ -74,6 +77,7 @@ class LlamaModel:
         Raises:
             LoadError: the file is not a model that llama.cpp knows, or the load was stopped.
         """
+        read_model_info(path)  # what it refuses, such as a model of no layers, llama.cpp may abort on
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = use_extra_bufts
@@ -86,12 +90,18 @@ class LlamaModel:
 
         callback = lib.llama_progress_callback(progress)
         params.progress_callback = callback
-        self._handle = lib.llama_model_load_from_file(str(path).encode(), params)
+        self._handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._handle:
             if stopped:
                 raise LoadError("the load was stopped")
             raise LoadError(f"llama.cpp cannot load {path}: the log's lines of `llama` say why")
         self._vocab = lib.llama_model_get_vocab(self._handle)
+        if lib.llama_vocab_type(self._vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            lib.llama_model_free(self._handle)
+            self._handle = None
+            raise LoadError(f"{path} has no vocabulary: text cannot be made into tokens")
+        self._users = 0
+        self._no_users = threading.Condition()
         self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.has_decoder: bool = bool(lib.llama_model_has_decoder(self._handle))
@@ -107,10 +117,25 @@ class LlamaModel:
         self._special_pieces: dict[int, bytes] = {}
 
     def close(self) -> None:
-        """Frees the weights. Every context over them must be closed before; safe to call twice."""
-        if self._handle:
-            lib.llama_model_free(self._handle)
-            self._handle = None
+        """Frees the weights, after those who are tokenising. Every context over them must be closed before; safe to call twice."""
+        handle, self._handle = self._handle, None
+        if handle:
+            with self._no_users:
+                self._no_users.wait_for(lambda: not self._users)
+            lib.llama_model_free(handle)
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Keeps the vocabulary from being freed by another thread; raises `LlamaError` when it is already."""
+        with self._no_users:
+            self._users += 1
+        try:
+            self.handle  # noqa: B018
+            yield
+        finally:
+            with self._no_users:
+                self._users -= 1
+                self._no_users.notify_all()
 
     @property
     def handle(self) -> Any:
@@ -130,15 +155,16 @@ class LlamaModel:
             parse_special: whether marks such as `<|im_start|>` in the text become their control tokens.
         """
         data = text.encode("utf-8", errors="replace")
-        if len(data) > 2**30 or not self._handle:
-            raise LlamaError("the text is too long, or the model is closed")
-        room = len(data) + 8
-        tokens = (lib.llama_token * room)()
-        n = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
-        if n < 0:
-            room = -n
+        if len(data) > 2**30:
+            raise LlamaError(f"a text of {len(data)} bytes is too long")
+        with self._open():
+            room = len(data) + 8
             tokens = (lib.llama_token * room)()
             n = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
+            if n < 0:
+                room = -n
+                tokens = (lib.llama_token * room)()
+                n = lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, parse_special)
         if n < 0:
             raise LlamaError("llama.cpp cannot tokenise the text")
         return list(tokens[:n])
@@ -147,7 +173,8 @@ class LlamaModel:
         """The vocabulary's own spelling of a token, such as `<|im_end|>`; empty for none (−1)."""
         if not 0 <= token < self.n_vocab:
             return ""
-        return str(lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
+        with self._open():
+            return str(lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
 
     def piece(self, token: int, *, special: bool) -> bytes:
         """The bytes a token stands for; control tokens are empty unless `special`. Cached by id."""
@@ -162,11 +189,12 @@ class LlamaModel:
             raise LlamaError(f"no token {token} in a vocabulary of {self.n_vocab}")
         room = 64
         buffer = ctypes.create_string_buffer(room)
-        n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
-        if n < 0:
-            room = -n
-            buffer = ctypes.create_string_buffer(room)
+        with self._open():
             n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if n < 0:
+                room = -n
+                buffer = ctypes.create_string_buffer(room)
+                n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
         return buffer.raw[: max(n, 0)]
 
 
@@ -176,6 +204,7 @@ class Batch:
     def __init__(self, n_max: int, n_slots: int) -> None:
         self.n_max, self._n_slots = n_max, n_slots
         self.n = 0
+        self.starts: list[tuple[int, int]] = []
         self._tokens = np.zeros(n_max, dtype=np.int32)
         self._positions = np.zeros(n_max, dtype=np.int32)
         self._n_seq_id = np.ones(n_max, dtype=np.int32)
@@ -196,6 +225,7 @@ class Batch:
 
     def clear(self) -> None:
         self.n = 0
+        self.starts.clear()
 
     def add(self, tokens: Sequence[int], *, start: int, slot: int, draws: bool) -> int:
         """Appends a sequence's tokens at positions from `start`; returns the index of the last one."""
@@ -203,11 +233,15 @@ class Batch:
         if not tokens or end > self.n_max or not 0 <= slot < self._n_slots or start < 0:
             raise LlamaError(f"{len(tokens)} tokens at {start} of slot {slot} do not fit a batch of {self.n_max}")
         part = slice(self.n, end)
-        self._tokens[part] = tokens
+        try:
+            self._tokens[part] = tokens
+        except OverflowError:
+            raise LlamaError("a token id outside of every vocabulary") from None
         self._positions[part] = np.arange(start, start + len(tokens), dtype=np.int32)
         self._seq_ids[part] = self._slot_addresses[slot]
         self._logits[part] = 0
         self._logits[end - 1] = draws
+        self.starts.append((slot, start))
         self.n = end
         return end - 1
 
@@ -243,6 +277,8 @@ class LlamaContext:
         params.abort_callback_data = ctypes.cast(self._flag, ctypes.c_void_p)
         self._model = model
         self._n_slots = n_slots
+        if n_ctx < 1 or n_slots < 1 or n_batch < 1:
+            raise LoadError(f"no context of {n_ctx} tokens for {n_slots} sequences: set CTX_SIZE")
         self._handle = lib.llama_init_from_model(model.handle, params)
         if not self._handle:
             raise LoadError(
@@ -281,8 +317,14 @@ class LlamaContext:
         if batch.n > self.n_batch:
             raise LlamaError(f"{batch.n} tokens for a batch of {self.n_batch}")
         batch.seal(self._model.n_vocab)
+        self._model.handle  # noqa: B018
         rc = int(lib.llama_decode(self.handle, batch.native))
-        if rc in (DECODE_OK, DECODE_NO_KV, DECODE_ABORTED):
+        if rc == DECODE_OK:
+            return rc
+        if rc in (DECODE_NO_KV, DECODE_ABORTED):
+            # Sequences of unequal length are evaluated in several parts, and those before the failure stay in the cache.
+            for slot, start in batch.starts:
+                lib.llama_memory_seq_rm(self._memory, slot, start, -1)
             return rc
         raise LlamaError(f"llama_decode failed with {rc}: the log's lines of `llama` say why")
 
@@ -297,7 +339,7 @@ class LlamaContext:
 
     def forget(self, slot: int) -> None:
         """Empties a slot's KV cache."""
-        if not 0 <= slot < self._n_slots:
+        if not 0 <= slot < self._n_slots or not self.handle:
             raise LlamaError(f"no slot {slot}")
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
@@ -324,9 +366,11 @@ class SamplerChain:
             lib.llama_sampler_chain_add(self._chain, part)
 
     def draw(self, context: LlamaContext, index: int) -> int:
-        """Draws a token from the logits of a batch position; the context must have logits there."""
+        """Draws a token from the logits of a batch position. Raises `LlamaError` where there are none."""
         if not self._chain:
             raise LlamaError("the sampler is closed")
+        if not lib.llama_get_logits_ith(context.handle, index):
+            raise LlamaError(f"no logits at batch position {index}")
         return int(lib.llama_sampler_sample(self._chain, context.handle, index))
 
     def close(self) -> None:

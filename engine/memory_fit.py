@@ -35,7 +35,9 @@ class MemoryEstimate:
 
 def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> MemoryEstimate:
     """What loading `info` with `n_slots` sequences of `n_ctx` tokens will take."""
-    per_sequence = -(-(n_ctx or info.n_ctx_train) // _CONTEXT_PADDING) * _CONTEXT_PADDING
+    # The engine gives no sequence more than the model was trained on.
+    wanted = min(n_ctx or info.n_ctx_train, info.n_ctx_train or n_ctx)
+    per_sequence = -(-wanted // _CONTEXT_PADDING) * _CONTEXT_PADDING
     per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
     return MemoryEstimate(
         weight_bytes=info.weight_bytes,
@@ -44,14 +46,15 @@ def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> Memo
     )
 
 
-def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int) -> None:
+def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int, pending_bytes: int = 0) -> None:
     """Raises `MemoryFitError` when `need` is more than what is free.
 
     Args:
         limit_bytes: INFSVC_MEMORY_LIMIT for all models of the node, or None.
         used_bytes: what the node's loaded models were estimated at.
+        pending_bytes: the part of it that is still being loaded, and so not yet missing from what the system has free.
     """
-    free = int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available) - pending_bytes
     if limit_bytes is not None:
         free = min(free, limit_bytes - used_bytes)
     if need.total_bytes > free:

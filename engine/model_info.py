@@ -7,6 +7,7 @@ that of the GGUF specification, versions 2 and 3 (ggml/docs/gguf.md).
 from __future__ import annotations
 
 import math
+import stat
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from infsvc.errors import ModelFileError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MAX_KEPT_STRINGS = 400_000
-_POOLING = {0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
+# A damaged or hostile file may claim anything: these bounds are some times what the largest real headers hold.
+_MAX_HEADER_BYTES = 2**27
+_MAX_STRING_BYTES = 2**24
+_MAX_PAIRS = _MAX_TENSORS = 2**16
+_MAX_DEPTH = 4
+_POOLING = {-1: None, 0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
 # general.file_type → name, from llama.cpp's enum llama_ftype.
 _FILE_TYPES = {
@@ -74,46 +79,49 @@ class _Reader:
     """Little-endian values from a file of known size; running off its end is a truncated file."""
 
     def __init__(self, stream: BinaryIO, path: Path, size: int) -> None:
-        self._stream, self._path, self._size = stream, path, size
+        self._stream, self._path = stream, path
+        self._left = min(size, _MAX_HEADER_BYTES)
+        self.n_read = 0
 
     def take(self, n: int) -> bytes:
-        data = self._stream.read(n) if n <= self._size else b""
+        data = self._stream.read(n) if n <= self._left else b""
         if len(data) != n:
             raise ModelFileError(f"{self._path} is truncated or damaged in its header: fetch it again")
+        self._left -= n
+        self.n_read += n
         return data
 
     def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
 
     def text(self) -> str:
-        return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
+        n = self.scalar("Q")
+        if n > _MAX_STRING_BYTES:
+            raise ModelFileError(f"{self._path} is damaged: its header claims a text of {n} bytes")
+        return self.take(n).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, *, keep: bool) -> Any:
+    def value(self, kind: int, *, keep: bool, depth: int = 0) -> Any:
+        """A value of a GGUF type. Strings of an array are only counted unless `keep`."""
         if kind == _STRING:
             return self.text()
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
-        if kind != _ARRAY:
+        if kind != _ARRAY or depth > _MAX_DEPTH:
             raise ModelFileError(
-                f"{self._path} has a header value of unknown type {kind}: it is damaged or newer than this program"
+                f"{self._path} has a header value of unknown type {kind}, {depth} arrays deep: it is damaged or newer than "
+                "this program"
             )
         item, n = self.scalar("I"), self.scalar("Q")
         if item in _SCALARS:
             code = _SCALARS[item]
-            return (
-                struct.unpack(f"<{n}{code}", self.take(n * struct.calcsize(code))) if n < self._size else self.take(n)
-            )
-        if n > _MAX_KEPT_STRINGS * 8:
-            raise ModelFileError(f"{self._path} claims an array of {n} items: it is damaged")
-        items = (self.value(item, keep=keep) for _ in range(n))
+            data = self.take(n * struct.calcsize(code))
+            return struct.unpack(f"<{n}{code}", data)
+        # Each item takes bytes of the file, so the loop ends with it whatever `n` claims.
         if keep:
-            return tuple(items)
-        for _ in items:
-            pass
+            return tuple(self.value(item, keep=True, depth=depth + 1) for _ in range(n))
+        for _ in range(n):
+            self.value(item, keep=False, depth=depth + 1)
         return n
-
-    def tell(self) -> int:
-        return self._stream.tell()
 
 
 def read_model_info(path: Path) -> ModelInfo:
@@ -123,7 +131,11 @@ def read_model_info(path: Path) -> ModelInfo:
         ModelFileError: the file is missing, no GGUF, or shorter than its header says.
     """
     try:
-        size = path.stat().st_size
+        told = path.stat()
+        size = told.st_size
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG(told.st_mode) and not stat.S_ISDIR(told.st_mode):
+            raise ModelFileError(f"{path} is not a regular file")
         with path.open("rb") as stream:
             return _parse(_Reader(stream, path, size), path, size)
     except FileNotFoundError:
@@ -132,16 +144,20 @@ def read_model_info(path: Path) -> ModelInfo:
         raise ModelFileError(f"{path} is a folder: MODEL_PATH must name a .gguf file") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelFileError(f"{path} is damaged: its header holds a value of the wrong kind ({error})") from None
 
 
 def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
+    if size == 0:
+        raise ModelFileError(f"{path} is empty: fetch it again")
     if size < 4 or reader.take(4) != b"GGUF":
         raise ModelFileError(f"{path} is not a GGUF file: it must begin with the four letters GGUF")
     version = reader.scalar("I")
     if version not in (2, 3):
         raise ModelFileError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
     n_tensors, n_pairs = reader.scalar("Q"), reader.scalar("Q")
-    if n_tensors > 2**20 or n_pairs > 2**20:
+    if n_tensors > _MAX_TENSORS or n_pairs > _MAX_PAIRS:
         raise ModelFileError(f"{path} is damaged: its header claims {n_tensors} tensors and {n_pairs} values")
     facts: dict[str, Any] = {}
     for _ in range(n_pairs):
@@ -149,7 +165,9 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
         facts[key] = reader.value(reader.scalar("I"), keep=key == "tokenizer.ggml.tokens")
     n_params, weight_bytes, data_end, kinds = _tensors(reader, path, n_tensors)
     alignment = int(facts.get("general.alignment", 32))
-    data_start = -(-reader.tell() // alignment) * alignment
+    if alignment < 1 or alignment & (alignment - 1):
+        raise ModelFileError(f"{path} is damaged: an alignment of {alignment} is no power of two")
+    data_start = -(-reader.n_read // alignment) * alignment
     if data_start + data_end > size:
         missing = data_start + data_end - size
         raise ModelFileError(
@@ -160,17 +178,32 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
 
     def number(key: str, default: int = 0) -> int:
         value = facts.get(f"{arch}.{key}", default)
-        return int(max(value, default=default) if isinstance(value, tuple) else value)
+        answer = int(max(value, default=default) if isinstance(value, tuple) else value)
+        if answer < 0 and key != "pooling_type":
+            raise ModelFileError(f"{path} is damaged: {arch}.{key} is {answer}")
+        return answer
 
+    def text(key: str) -> str | None:
+        value = facts.get(key)
+        return value if isinstance(value, str) else None
+
+    for key in ("embedding_length", "block_count"):
+        if number(key) == 0:
+            raise ModelFileError(f"{path} is not a whole model: its header has no {arch}.{key}")
+    if n_tensors == 0:
+        raise ModelFileError(f"{path} is not a whole model: it holds no weights")
     n_head = number("attention.head_count", 1)
     head_dim = number("embedding_length") // max(1, n_head)
     tokens = facts.get("tokenizer.ggml.tokens", ())
+    if not isinstance(tokens, tuple) or any(not isinstance(token, str) for token in tokens):
+        raise ModelFileError(f"{path} is damaged: tokenizer.ggml.tokens is no list of texts")
+    pooling = number("pooling_type")
     return ModelInfo(
         path=path,
         file_bytes=size,
         architecture=arch,
-        name=facts.get("general.name"),
-        license=facts.get("general.license"),
+        name=text("general.name"),
+        license=text("general.license"),
         n_params=n_params,
         weight_bytes=weight_bytes,
         n_ctx_train=number("context_length"),
@@ -181,8 +214,8 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
         key_length=number("attention.key_length", head_dim),
         value_length=number("attention.value_length", head_dim),
         quantization=_quantization(facts, kinds),
-        chat_template=facts.get("tokenizer.chat_template"),
-        pooling=_POOLING.get(number("pooling_type")),
+        chat_template=text("tokenizer.chat_template"),
+        pooling=_POOLING.get(pooling, f"type {pooling}"),
         causal=bool(facts.get(f"{arch}.attention.causal", True)),
         special_tokens=frozenset(
             token for token in tokens if token[:1] in "<[" and token[-1:] in ">]" and len(token) > 2

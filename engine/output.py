@@ -23,9 +23,11 @@ class TextAssembler:
         if not self._stop:
             return text, False
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        # The stop string that is whole first counts, so that the answer does not depend on where tokens are cut.
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            shown, self._held = self._held[: min(found)[1]], ""
+            self._decoder.reset()
             return shown, True
         keep = self._longest_beginning()
         cut = len(self._held) - keep
@@ -66,7 +68,7 @@ class ReasoningParser:
     _OPEN, _CLOSE = "<think>", "</think>"
 
     def __init__(self, *, enabled: bool, inside: bool = False) -> None:
-        self._phase = "text" if not enabled else "reasoning" if inside else "start"
+        self._phase = "text" if not enabled else "opened" if inside else "start"
         self._held = ""
         self._strip = enabled
 

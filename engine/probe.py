@@ -44,7 +44,7 @@ async def probe(model: Path, cache: Path) -> bool:
     """
     key = _fingerprint()
     known = _read(cache)
-    if known.get("key") == key:
+    if known.get("key") == key and isinstance(known.get("use_extra_bufts"), bool):
         return bool(known["use_extra_bufts"])
     if await _decodes(model, plain=False):
         answer = True

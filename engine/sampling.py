@@ -14,6 +14,11 @@ import numpy.typing as npt
 
 from infsvc.types import Params
 
+# Below this a float32 softmax is an argmax, and llama.cpp's division by the temperature would overflow.
+_MIN_TEMPERATURE = 1e-6
+# llama.cpp reads 0xFFFFFFFF as "draw a seed".
+_MAX_SEED = 2**32 - 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSpec:
@@ -37,7 +42,7 @@ class SamplerSpec:
             top_k=params.top_k,
             top_p=params.top_p,
             min_p=params.min_p,
-            seed=secrets.randbits(32) if params.seed is None else params.seed,
+            seed=min(secrets.randbits(32) if params.seed is None else params.seed, _MAX_SEED),
             repeat_penalty=params.repeat_penalty,
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
@@ -46,7 +51,7 @@ class SamplerSpec:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < _MIN_TEMPERATURE
 
     @property
     def penalises(self) -> bool:
@@ -81,6 +86,6 @@ class Penalties:
         ids = np.fromiter(self._counts.keys(), dtype=np.int64, count=len(self._counts))
         counts = np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
         spec = self._spec
-        values = logits[ids]
+        values: npt.NDArray[np.float32] = logits[ids]
         values = np.where(values <= 0, values * spec.repeat_penalty, values / spec.repeat_penalty)
         logits[ids] = values - (counts * spec.frequency_penalty + spec.presence_penalty)

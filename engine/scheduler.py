@@ -1,7 +1,8 @@
 """Who decodes, who prefills, who waits. Pure: it knows neither llama.cpp nor a clock.
 
 Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while anyone decodes
-(so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in order of admission.
+(so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in order of admission. Where
+more decode than a batch holds, they take turns.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Scheduler:
         self._n_batch = n_batch
         self._n_prefill_beside = n_prefill_beside
         self._free = list(range(n_slots - 1, -1, -1))
+        self._held = False
+        self._turn = 0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
@@ -42,7 +45,10 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Gives free slots to those who wait; returns who got one."""
-        admitted = []
+        admitted: list[Sequence] = []
+        if self._held and self.running:
+            return admitted
+        self._held = False
         while self._free and self.waiting:
             sequence = self.waiting.pop(0)
             sequence.slot = self._free.pop()
@@ -57,12 +63,17 @@ class Scheduler:
             self.running.remove(sequence)
             self._free.append(sequence.slot)
             sequence.slot = -1
+            self._held = False
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         sequence.state = SequenceState.FINISHED
 
     def requeue(self, sequence: Sequence) -> None:
-        """Sends a running sequence that has drawn nothing yet back to the queue, to be read anew."""
+        """Sends a running sequence that has drawn nothing yet back to the queue, to be read anew.
+
+        Nobody is admitted until another leaves: with the same sequences there would be no more room than before.
+        """
+        self._held = True
         self.running.remove(sequence)
         self._free.append(sequence.slot)
         sequence.slot, sequence.n_past, sequence.state = -1, 0, SequenceState.WAITING
@@ -74,11 +85,12 @@ class Scheduler:
 
     def schedule(self) -> list[Share]:
         """The next batch; at most `n_batch` tokens, one share a sequence."""
-        shares = [
-            Share(sequence, [sequence.last_token], sequence.n_past, True)
-            for sequence in self.running
-            if sequence.state is SequenceState.DECODE
-        ]
+        decoding = [sequence for sequence in self.running if sequence.state is SequenceState.DECODE]
+        if len(decoding) > self._n_batch:
+            at = self._turn % len(decoding)
+            decoding = (decoding[at:] + decoding[:at])[: self._n_batch]
+            self._turn += self._n_batch
+        shares = [Share(sequence, [sequence.last_token], sequence.n_past, True) for sequence in decoding]
         budget = self._n_batch - len(shares)
         if shares:
             budget = min(budget, self._n_prefill_beside)

@@ -83,7 +83,9 @@ class SequenceEvent:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStarted(SequenceEvent):
-    """The sequence left the queue and got a slot."""
+    """The sequence left the queue and got `slot`; by the time the loop hears of it, it may have given it back."""
+
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)

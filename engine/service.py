@@ -15,6 +15,8 @@ from typing import Any
 
 from engine.fleet import Fleet
 from engine.generation import Generation
+from engine.llama import LlamaError
+from engine.prompt import Tool
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
 from engine.worker import Worker
@@ -24,6 +26,7 @@ from infsvc.errors import (
     BadRequest,
     ContextLengthExceeded,
     Draining,
+    EngineFailed,
     ModelNotLoaded,
     QueueFull,
     RequestError,
@@ -40,6 +43,7 @@ class InferenceRequest:
     Attributes:
         raw: the input goes to the model as it is, and its output comes back as it is.
         think: asks a reasoning model to think first.
+        tools: what the model may call; its template lists them.
         source: the door: http, nats, chat.
     """
 
@@ -49,6 +53,7 @@ class InferenceRequest:
     messages: tuple[Message, ...] = ()
     raw: bool = False
     think: bool = False
+    tools: tuple[Tool, ...] = ()
     req_id: str = field(default_factory=new_req_id)
     trace_id: str | None = None
     source: str = "http"
@@ -101,14 +106,30 @@ class InferenceService:
         """Admits a request; it then runs whether it is read or not.
 
         Raises:
-            RequestError: it cannot be served; its row in the audit log says `rejected`.
+            RequestError: it cannot be served; its row in the audit log says `rejected`, or `error` for a fault of this node.
         """
         worker = self._fleet.get(request.model)
         begun_s = time.perf_counter()
+
+        def leave_row(status: AuditStatus, error: str, n_prompt_tokens: int = 0) -> None:
+            dur_ms = (time.perf_counter() - begun_s) * 1000
+            self._not_run(worker, request, status, error, dur_ms, n_prompt_tokens)
+
         try:
             return await self._admit(worker, request)
         except RequestError as error:
-            self._reject(worker, request, error, (time.perf_counter() - begun_s) * 1000)
+            leave_row("rejected", f"{error.code}: {error}", getattr(error, "n_prompt_tokens", 0))
+            raise
+        except LlamaError as error:
+            # The engine ended while the prompt was read.
+            failure = EngineFailed(str(error))
+            leave_row("error", f"{failure.code}: {failure}")
+            raise failure from error
+        except asyncio.CancelledError:
+            leave_row("cancelled", "the client left before the prompt was read")
+            raise
+        except Exception as error:
+            leave_row("error", repr(error))
             raise
 
     async def complete(self, request: InferenceRequest) -> CompletionReply:
@@ -153,7 +174,11 @@ class InferenceService:
             formatted, tokens, parser = await asyncio.get_running_loop().run_in_executor(
                 self._fleet.pool,
                 lambda: worker.prompt(
-                    text=request.input, messages=request.messages, raw=request.raw, think=request.think
+                    text=request.input,
+                    messages=request.messages,
+                    raw=request.raw,
+                    think=request.think,
+                    tools=request.tools,
                 ),
             )
             # The model may have been asked to leave while the prompt was rendered.
@@ -248,18 +273,28 @@ class InferenceService:
             )
         )
 
-    def _reject(self, worker: Worker, request: InferenceRequest, error: RequestError, dur_ms: float) -> None:
+    def _not_run(
+        self,
+        worker: Worker,
+        request: InferenceRequest,
+        status: AuditStatus,
+        error: str,
+        dur_ms: float,
+        n_prompt_tokens: int,
+    ) -> None:
+        """The row of a request that no engine saw."""
         worker.audit.record(
             RequestRow(
                 **_asked(request),
                 worker_id=self._node,
                 formatted_input=None,
                 response_text=None,
-                tokens_in=getattr(error, "n_prompt_tokens", 0),
+                tokens_in=n_prompt_tokens,
                 tokens_out=0,
                 dur_ms=round(dur_ms, 3),
-                status="rejected",
-                error=f"{error.code}: {error}",
+                status=status,
+                error=error,
+                finish_reason="cancelled" if status == "cancelled" else None,
             )
         )
 

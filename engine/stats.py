@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -86,5 +87,4 @@ def _percentiles(values: deque[float]) -> tuple[float, float] | None:
     if not values:
         return None
     ordered = sorted(values)
-    last = len(ordered) - 1
-    return ordered[round(0.5 * last)], ordered[round(0.95 * last)]
+    return ordered[math.ceil(0.5 * len(ordered)) - 1], ordered[math.ceil(0.95 * len(ordered)) - 1]

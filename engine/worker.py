@@ -18,11 +18,11 @@ from engine.engine import Engine, EngineCounters
 from engine.generation import Generation
 from engine.model_info import ModelInfo
 from engine.output import ReasoningParser
-from engine.prompt import PromptFormat
+from engine.prompt import PromptFormat, Tool
 from engine.stats import ModelStats
 from infsvc import __version__
 from infsvc.audit import AuditSink, EventRow
-from infsvc.errors import BadRequest
+from infsvc.errors import BadRequest, ModelNotLoaded
 from infsvc.events import EventBus, LogLine, ModelProgress, ModelStateChanged
 from infsvc.settings import WorkerSettings
 from infsvc.types import (
@@ -162,7 +162,13 @@ class Worker:
             self._events.publish(ModelProgress(model=self.name, done_bytes=round(fraction * total), total_bytes=total))
 
     def prompt(
-        self, *, text: str | None, messages: tuple[Message, ...], raw: bool, think: bool
+        self,
+        *,
+        text: str | None,
+        messages: tuple[Message, ...],
+        raw: bool,
+        think: bool,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[str, list[int], ReasoningParser]:
         """Renders and tokenises. Any thread, while the engine is open.
 
@@ -172,19 +178,22 @@ class Worker:
         Raises:
             BadRequest: there is nothing to read, or the template refuses it.
         """
-        assert self.engine is not None
-        model = self.engine.model
+        # The engine may die, or leave, while this runs.
+        engine, form = self.engine, self.format
+        if engine is None:
+            raise ModelNotLoaded(self.name, self.state.replace("_", " "), self.reason)
+        model = engine.model
         if raw:
             if text is None:
                 raise BadRequest("raw needs an input text", param="raw")
             return text, model.tokenize(text, add_special=False, parse_special=True), ReasoningParser(enabled=False)
         turns = messages or (Message(role="user", content=text or ""),)
-        if self.format is None:
+        if form is None:
             raise BadRequest(
                 f"{self.name} has no chat template: send the request with raw, or put a prompt_template.json beside its file",
                 param="raw",
             )
-        rendered = self.format.render(turns, think=think)
+        rendered = form.render(turns, think=think, tools=tools)
         bos = model.token_text(model.bos)
         # A template that writes the BOS itself must not get a second one from the vocabulary.
         bare = rendered.removeprefix(bos) if bos and model.adds_bos else rendered

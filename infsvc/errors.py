@@ -13,6 +13,8 @@
         │   └── Unsupported      a field that changes meaning and is not supported
         ├── UnknownModel         404
         ├── UnknownRequest       404
+        ├── NotFound             404
+        ├── MethodNotAllowed     405
         ├── TooLarge             413
         ├── QueueFull            429
         ├── ClientGone           499

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -132,15 +133,16 @@ class Subscription:
         """All that has come since the last read."""
         items = list(self._items)
         self._items.clear()
-        self._wake.clear()
         return items
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         while True:
-            for event in self.drain():
-                yield event
+            # One at a time: a reader that leaves takes nothing with it.
+            while self._items:
+                yield self._items.popleft()
             if self._closed:
                 return
+            self._wake.clear()
             await self._wake.wait()
 
     def close(self) -> None:
@@ -176,8 +178,9 @@ class EventBus:
 
     def publish_threadsafe(self, event: Event) -> None:
         """The same from any thread; dropped when the loop is gone."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.publish, event)
+        if self._loop is not None:
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self.publish, event)
 
     def listen(self, listener: Callable[[Event], None]) -> None:
         """Calls `listener` inline for each event; it must be quick and must not raise."""

@@ -108,8 +108,9 @@ class Home:
                 return None
         except Timeout:
             with suppress(OSError, ValueError):
-                told: dict[str, Any] = json.loads(self.node_file.read_text())
-                return told
+                told = json.loads(self.node_file.read_text())
+                if isinstance(told, dict):
+                    return told
             return {}
         except OSError:
             return None
@@ -123,13 +124,14 @@ class HomeLock:
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> None:
-        """Makes the folders and takes the lock, or raises `HomeError`. Blocks for milliseconds at most."""
+        """Makes the folders and takes the lock, or raises `HomeError`. Blocks for a fifth of a second at most."""
         from filelock import FileLock, Timeout
 
         self._home.make()
-        lock = FileLock(self._home.root / "data/run/node.lock", timeout=0)
+        # Not at the first try: `running_node`, asked from another process, holds the lock for a moment.
+        lock = FileLock(self._home.root / "data/run/node.lock", timeout=0.2)
         try:
-            lock.acquire()
+            lock.acquire(poll_interval=0.02)
         except Timeout:
             other = self._home.running_node() or {}
             told = ", ".join(f"{key} {other[key]}" for key in ("node", "pid", "gateway") if key in other)
@@ -137,6 +139,10 @@ class HomeLock:
                 f"a node already runs on {self._home.root} ({told or 'it does not say which'}): "
                 "stop it with `make stop`, talk to it with `infsvc status`, or use another INFSVC_HOME"
             ) from None
+        except OSError as error:
+            raise HomeError(
+                f"the home folder {self._home.root} cannot be locked ({error}): use another INFSVC_HOME"
+            ) from error
         self._lock = lock
 
     def tell(self, **facts: Any) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from dotenv.parser import parse_stream
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 from infsvc.errors import ConfigError
@@ -32,7 +32,7 @@ def _duration(value: Any) -> Any:
         match = _DURATION.match(value.strip())
         if not match:
             raise ValueError("a duration such as 10s, 10m or 24h")
-        return float(match[1]) * _SECONDS[match[2]]
+        return float(match[1]) * _SECONDS[match[2]]  # "9" * 400 is infinity, which the type refuses
     return value
 
 
@@ -41,11 +41,14 @@ def _size(value: Any) -> Any:
         match = _SIZE.match(value.strip())
         if not match:
             raise ValueError("a size such as 800M or 16G")
-        return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        n_bytes = float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")
+        if n_bytes > 2**63:
+            raise ValueError("a size such as 800M or 16G")
+        return int(n_bytes)
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
@@ -74,7 +77,7 @@ class Address:
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach `host`."""
-    if host == "localhost":
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -127,6 +130,13 @@ class WorkerSettings(BaseSettings):
     db_path: str = ""
     nats_url: str = ""
 
+    _file: str | None = PrivateAttr(None)
+    _lines: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    def wrong(self, key: str, message: str) -> ConfigError:
+        """The error that says where `key` stands."""
+        return ConfigError(message, file=self._file, line=self._lines.get(key.lower()), key=key)
+
     @field_validator("model_name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
@@ -164,6 +174,12 @@ class NodeSettings(BaseSettings):
 
     names: ClassVar[frozenset[str]]
 
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: InitSettingsSource, **_: Any
+    ) -> tuple[Any, ...]:
+        return (init_settings,)  # what `load_node_settings` read, and no other environment
+
     bind: str = "127.0.0.1"
     gateway: Annotated[str, BeforeValidator(_address_text)] = ":5780"
     nats_url: str = "nats://127.0.0.1:5700"
@@ -195,7 +211,9 @@ def load_node_settings(environ: Mapping[str, str] = os.environ) -> NodeSettings:
         if name.startswith("INFSVC_") and not name.startswith("INFSVC__") and name not in NodeSettings.names:
             raise ConfigError(f"unknown setting; there are: {', '.join(sorted(NodeSettings.names))}", key=name)
     values = {
-        key: environ[f"INFSVC_{key.upper()}"] for key in NodeSettings.model_fields if f"INFSVC_{key.upper()}" in environ
+        key: environ[f"INFSVC_{key.upper()}"]
+        for key in NodeSettings.model_fields
+        if environ.get(f"INFSVC_{key.upper()}")
     }
     try:
         settings = NodeSettings.model_validate(values)
@@ -240,21 +258,26 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
     try:
         with path.open(encoding="utf-8") as stream:
             for binding in parse_stream(stream):
+                # A binding begins with the blank lines before it.
+                text = binding.original.string
+                line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
                 if binding.error:
-                    raise ConfigError("not KEY=value", file=shown, line=binding.original.line)
+                    raise ConfigError("not KEY=value", file=shown, line=line)
                 if binding.key is None:
                     continue
                 key = binding.key.lower()
                 if key not in WorkerSettings.model_fields:
-                    raise ConfigError("unknown key", file=shown, line=binding.original.line, key=binding.key)
-                lines[key] = binding.original.line
+                    raise ConfigError("unknown key", file=shown, line=line, key=binding.key)
+                if binding.value is None:
+                    raise ConfigError("not KEY=value", file=shown, line=line, key=binding.key)
+                lines[key] = line
                 if binding.value:
                     values[key] = binding.value
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", file=shown) from None
 
     values.setdefault("model_name", name)
-    prefix = f"INFSVC__{re.sub(r'[.-]', '_', values['model_name']).upper()}__"
+    prefix = _prefix(values["model_name"])
     for variable in environ:
         if variable.startswith(prefix) and variable.removeprefix(prefix).lower() not in WorkerSettings.model_fields:
             raise ConfigError("unknown key", key=variable)
@@ -278,15 +301,21 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
         scoped = f"{prefix}{key.upper()}"
         if scoped in environ:
             raise ConfigError(_sentence(first), key=scoped) from None
+        if key not in lines and key.upper() in environ:
+            raise ConfigError(f"{_sentence(first)}, in the environment", key=key.upper()) from None
         raise ConfigError(_sentence(first), file=shown, line=lines.get(key), key=key.upper()) from None
+    settings._file, settings._lines = shown, lines
     if settings.nats_url and settings.nats_url != node.nats_url:
-        raise ConfigError(
+        raise settings.wrong(
+            "NATS_URL",
             f"the node talks to one broker, {node.nats_url} (INFSVC_NATS_URL); this names {settings.nats_url}",
-            file=shown,
-            line=lines.get("nats_url"),
-            key="NATS_URL",
         )
     return settings
+
+
+def _prefix(model: str) -> str:
+    """What the names of the environment's values for one model begin with."""
+    return f"INFSVC__{re.sub(r'[.-]', '_', model).upper()}__"
 
 
 class _Environment(EnvSettingsSource):
@@ -300,7 +329,9 @@ class _Environment(EnvSettingsSource):
         leave_out: frozenset[str] = frozenset(),
     ) -> None:
         self._given = {
-            key.lower(): value for key, value in environ.items() if key.removeprefix(prefix).lower() not in leave_out
+            key.lower(): value
+            for key, value in environ.items()
+            if value and key.removeprefix(prefix).lower() not in leave_out
         }
         super().__init__(settings_cls, env_prefix=prefix, case_sensitive=False)
 
@@ -309,15 +340,18 @@ class _Environment(EnvSettingsSource):
 
 
 def load_workers(home: Home, node: NodeSettings, environ: Mapping[str, str] = os.environ) -> dict[str, WorkerSettings]:
-    """All worker files by model name, as `load_worker` reads them. Two files with one MODEL_NAME are an error."""
+    """All worker files by model name, as `load_worker` reads them. Two files with one MODEL_NAME are an error, and so is a
+    variable for a model that no file names."""
     found: dict[str, WorkerSettings] = {}
     for name, path in home.worker_files().items():
         settings = load_worker(name, path, node, environ)
         if settings.model_name in found:
-            raise ConfigError(
-                f"{settings.model_name} is named by another worker file too", file=str(path), key="MODEL_NAME"
-            )
+            raise settings.wrong("MODEL_NAME", f"{settings.model_name} is named by another worker file too")
         found[settings.model_name] = settings
+    prefixes = tuple(_prefix(name) for name in found)
+    for variable in environ:
+        if variable.startswith("INFSVC__") and not variable.startswith(prefixes):
+            raise ConfigError(f"no worker file names this model; there are: {', '.join(found)}", key=variable)
     return found
 
 
@@ -328,9 +362,8 @@ def check_ports(chosen: list[WorkerSettings], node: NodeSettings) -> None:
         if worker.address is None or worker.address.port == 0:
             continue
         if worker.address.port in taken:
-            raise ConfigError(
+            raise worker.wrong(
+                "HTTP_ADDR",
                 f"{worker.model_name} and {taken[worker.address.port]} both want port {worker.address.port}",
-                file=f"envs/worker.{worker.model_name}.env",
-                key="HTTP_ADDR",
             )
         taken[worker.address.port] = worker.model_name

@@ -67,7 +67,7 @@ class Params(Wire):
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.95
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 40
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.05
-    repeat_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    repeat_penalty: Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)] = 1.0
     repeat_last_n: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 64
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
@@ -219,6 +219,8 @@ def human_count(n: int) -> str:
     if n <= 0:
         return "0"
     exponent = min(int(math.log10(n) // 3), 4)
-    unit = ("", "K", "M", "B", "T")[exponent]
     value = n / 1000**exponent
+    if round(value) >= 1000 and exponent < 4:
+        exponent, value = exponent + 1, value / 1000
+    unit = ("", "K", "M", "B", "T")[exponent]
     return f"{value:.1f}{unit}" if unit in ("B", "T") or (unit == "M" and value < 10) else f"{value:.0f}{unit}"

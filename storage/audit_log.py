@@ -1,7 +1,8 @@
 """The audit log: one SQLite file a model, written by one batching task, read over connections of its own.
 
 WAL and synchronous=FULL: a committed row survives kill -9 and power loss. Rows are committed in batches of at most 256, or what came
-within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on the model refuses new work.
+within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on the model refuses new work,
+and from twice that the rows of refused requests are lost, and counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,15 @@ log = logging.getLogger("infsvc.audit")
 
 MAX_BACKLOG = 20_000
 _BATCH_ROWS = 256
+# What a row's own content can cause; trying again would stop the log for ever.
+_ROW_FAULTS = (
+    OverflowError,
+    ValueError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+    sqlite3.DataError,
+    sqlite3.ProgrammingError,
+)
 _BATCH_S = 0.02
 _RETRY_S = 1.0
 
@@ -60,6 +70,8 @@ class AuditLog:
         self._empty.set()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._closed = False
+        self._n_lost = 0
         self._fault: str | None = None
 
     @property
@@ -87,13 +99,25 @@ class AuditLog:
             await asyncio.wait([self._task], timeout=timeout_s)
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._rows:
-            log.error(
-                f"{len(self._rows)} audit rows could not be written to {self.path}: {self._fault}",
-                extra={"code": "audit.lost", "meta": {"rows": len(self._rows)}},
-            )
+        self._closed = True
+        if self._rows or self._n_lost:
+            self._say_lost(len(self._rows) + self._n_lost)
+        self._rows.clear()
+        self._empty.set()
+
+    def _say_lost(self, n_rows: int) -> None:
+        log.error(
+            f"{n_rows} audit rows could not be written to {self.path}: {self._fault or 'the log is closed'}",
+            extra={"code": "audit.lost", "meta": {"rows": n_rows}},
+        )
 
     def _put(self, row: tuple[str, list[Any]]) -> None:
+        if self._closed:
+            self._say_lost(1)
+            return
+        if self._fault is not None and len(self._rows) >= 2 * MAX_BACKLOG:
+            self._n_lost += 1
+            return
         self._rows.append(row)
         self._empty.clear()
         self._wake.set()
@@ -130,7 +154,7 @@ class AuditLog:
                 await db.execute("BEGIN")
                 try:
                     for sql, values in batch:
-                        await db.execute(sql, values)
+                        await self._insert(db, sql, values)
                     await db.execute("COMMIT")
                 except BaseException:
                     if db.in_transaction:
@@ -143,6 +167,15 @@ class AuditLog:
                     log.info(f"the audit log {self.path} is written again", extra={"code": "audit.recovered"})
                 if not self._rows:
                     self._empty.set()
+
+    async def _insert(self, db: aiosqlite.Connection, sql: str, values: list[Any]) -> None:
+        try:
+            await db.execute(sql, values)
+        except _ROW_FAULTS as error:
+            log.error(
+                f"a row cannot be kept in {self.path}: {error}",
+                extra={"code": "audit.bad_row", "meta": {"row": repr(values)[:2000]}},
+            )
 
 
 async def _prepare(db: aiosqlite.Connection) -> None:
@@ -183,7 +216,7 @@ class AuditReader:
         path = self._paths[model]
         if not path.is_file():
             return []
-        async with aiosqlite.connect(f"{path.as_uri()}?mode=ro", uri=True) as db:
+        async with aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as db:
             db.row_factory = sqlite3.Row
             try:
                 async with db.execute(sql, values) as cursor:

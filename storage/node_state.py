@@ -15,8 +15,9 @@ class NodeState:
 
     def models(self) -> list[str] | None:
         """The models that ran last, or None on a first run."""
-        with suppress(OSError, ValueError):
-            told = json.loads(self._path.read_text()).get("models")
+        with suppress(OSError, ValueError, RecursionError):
+            kept = json.loads(self._path.read_text())
+            told = kept.get("models") if isinstance(kept, dict) else None
             if isinstance(told, list) and all(isinstance(name, str) for name in told):
                 return told
         return None

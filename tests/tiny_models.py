@@ -83,7 +83,9 @@ def write_tiny_model(
 
     def add(name: str, *shape: int, norm: bool = False) -> None:
         values: Any = (
-            np.ones(shape, dtype=np.float32) if norm else random.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
+            np.ones(shape, dtype=np.float32)
+            if norm
+            else random.standard_normal(shape, dtype=np.float32) * shape[-1] ** -0.5
         )
         if norm:
             writer.add_tensor(name, values)
@@ -110,16 +112,8 @@ def write_tiny_model(
     return path
 
 
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description="Write a random-weight model.")
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--large", action="store_true", help="about 0.4B parameters with a vocabulary of 152k")
-    options = parser.parse_args()
-    size: dict[str, Any] = (
-        {"n_vocab": 151_936, "n_embd": 1024, "n_layer": 24, "n_head": 16, "n_head_kv": 8, "n_ff": 2816, "n_ctx": 8192}
-        if options.large
-        else {}
+def write_large_model(path: Path) -> Path:
+    """About 0.4B random parameters with a vocabulary of 152k: the cost of a real model, without its sense."""
+    return write_tiny_model(
+        path, n_vocab=151_936, n_embd=1024, n_layer=24, n_head=16, n_head_kv=8, n_ff=2816, n_ctx=8192
     )
-    print(write_tiny_model(options.path, **size))

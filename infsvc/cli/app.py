@@ -6,11 +6,15 @@ import asyncio
 import os
 import shutil
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from infsvc import __version__
 from infsvc.cli.outcome import fail, friendly
+
+if TYPE_CHECKING:
+    from transports.node import Node
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,7 +36,7 @@ def app(models: tuple[str, ...]) -> None:
     sys.exit(asyncio.run(_run(build_node(models, log_to_stdout=False))))
 
 
-async def _run(node: object) -> int:
+async def _run(node: Node) -> int:
     from infsvc.cli.serve import on_stop
     from tui.app import InfsvcApp
 

@@ -1,0 +1,84 @@
+"""The commands that talk to a node, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from tests.cli.conftest import Served
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def node(serve: Callable[..., Served]) -> Served:
+    served = serve("tiny")
+    served.wait_for("model.loaded")
+    served.wait_for("broker.connected")
+    return served
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("chat",), ("status",), ("start",), ("stop",)])
+def test_every_command_has_help(infsvc: Run, command: tuple[str, ...]) -> None:
+    told = infsvc(*command, "--help")
+    assert told.returncode == 0
+    assert "Usage: infsvc" in told.stdout
+
+
+@pytest.mark.usefixtures("node")
+def test_chat_over_http_nats_and_standard_input_gives_one_answer(infsvc: Run) -> None:
+    options = ("--temperature", "0", "--max-tokens", "8")
+    told = infsvc("chat", "-m", "tiny", "--input", "hello", *options)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip()
+    assert "max_tokens" in told.stderr
+    assert infsvc("chat", *options, stdin="hello").stdout == told.stdout
+    assert infsvc("chat", "-s", "inference.request.tiny", "--input", "hello", *options).stdout == told.stdout
+    assert infsvc("chat", "-i", *options, stdin="hello\nhello\n").stdout.startswith(told.stdout * 2)
+
+
+@pytest.mark.usefixtures("node")
+def test_chat_says_what_is_wrong(infsvc: Run) -> None:
+    unknown = infsvc("chat", "-m", "nobody", "--input", "x")
+    assert (unknown.returncode, "no model 'nobody'" in unknown.stderr) == (1, True)
+    silent = infsvc("chat", "-s", "inference.request.nobody", "--input", "x")
+    assert (silent.returncode, "nobody answers on" in silent.stderr) == (1, True)
+    grammar = infsvc("chat", "--input", "x", "--grammar", "yes_no")
+    assert (grammar.returncode, "params.grammar is not supported" in grammar.stderr) == (1, True)
+    assert infsvc("chat", "-m", "a", "-s", "b", "--input", "x").returncode == 2
+    assert infsvc("chat", stdin="").returncode == 2
+
+
+def test_without_a_node_the_commands_say_how_to_start_one(infsvc: Run) -> None:
+    for command in (("status",), ("chat", "--input", "x")):
+        told = infsvc(*command)
+        assert told.returncode == 1
+        assert "no node answers at" in told.stderr
+        assert "Traceback" not in told.stderr
+    assert infsvc("stop").stdout == "no node runs on this home\n"
+
+
+@pytest.mark.usefixtures("node")
+def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
+    table = infsvc("status").stdout.splitlines()
+    assert table[0].split()[:3] == ["MODEL", "STATUS", "ARCH"]
+    assert any(line.split()[:3] == ["tiny", "online", "llama"] for line in table)
+    services = {service["model_name"]: service for service in json.loads(infsvc("status", "--json").stdout)}
+    assert services["tiny"]["status"] == "online"
+    assert services["tiny"]["capabilities"] == ["text-generation"]
+
+
+def test_start_and_stop_make_use_of_one_node(infsvc: Run) -> None:
+    started = infsvc("start", "tiny")
+    assert started.stdout == "tiny is ready\n", started.stderr
+    try:
+        failed = infsvc("start", "gemma3-270m")
+        assert failed.returncode == 1
+        assert "is missing" in failed.stderr
+        assert infsvc("stop", "tiny").stdout == "tiny is unloaded\n"
+        assert infsvc("start", "tiny").stdout == "tiny is ready\n"
+    finally:
+        assert infsvc("stop").stdout == "the node has ended\n"

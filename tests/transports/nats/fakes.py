@@ -1,0 +1,153 @@
+"""A fleet and a service that do as a test says, to force what a real engine would do only by chance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from engine.generation import Chunk
+from engine.service import InferenceRequest
+from engine.stats import ModelStats
+from infsvc.errors import EngineFailed
+from infsvc.events import EventBus, ModelStateChanged
+from infsvc.settings import WorkerSettings
+from infsvc.types import (
+    BackpressureReport,
+    BackpressureStatus,
+    CompletionReply,
+    HealthDocument,
+    ModelState,
+    QueueMetrics,
+    backpressure_level,
+)
+
+
+class FakeWorker:
+    """A model whose state and queue are set by hand."""
+
+    def __init__(self, name: str, events: EventBus, **settings: Any) -> None:
+        self.settings = WorkerSettings(model_name=name, **settings)
+        self.name = name
+        self.state = ModelState.READY
+        self.reason: str | None = None
+        self.asked = True
+        self.n_active = self.n_waiting = 0
+        self.n_slots = self.settings.worker_concurrency
+        self.stats = ModelStats()
+        self._events = events
+
+    def move(self, state: ModelState, reason: str | None = None) -> None:
+        self.state, self.reason = state, reason
+        self._events.publish(ModelStateChanged(model=self.name, state=state, reason=reason))
+
+    def health(self) -> HealthDocument:
+        return HealthDocument(
+            model_name=self.name,
+            status=self.state.health_status,
+            reason=self.reason,
+            last_activity=None,
+            capabilities=["text-generation"],
+            endpoint="",
+            nats_topic=self.settings.subject,
+            version="0",
+            model_info=None,
+            queue_metrics=QueueMetrics(
+                pending_messages=self.n_waiting,
+                active_processing=self.n_active,
+                total_processed=0,
+                queue_capacity=self.settings.queue_max_msgs,
+                last_processed_time=None,
+            ),
+            backpressure_status=BackpressureStatus(level="healthy", utilization=0, threshold=5),
+            node="test",
+            start_time="2026-01-01T00:00:00.000Z",
+        )
+
+    def report(self) -> BackpressureReport:
+        return BackpressureReport(
+            model_name=self.name,
+            pending_messages=self.n_waiting,
+            active_processing=self.n_active,
+            timestamp="2026-01-01T00:00:00.000Z",
+            worker_count=self.n_slots,
+            queue_capacity=self.settings.queue_max_msgs,
+            status=backpressure_level(
+                self.n_waiting, threshold=self.settings.backpressure_threshold, capacity=self.settings.queue_max_msgs
+            ),
+        )
+
+
+class FakeFleet:
+    def __init__(self, *workers: FakeWorker) -> None:
+        self.workers = {worker.name: worker for worker in workers}
+
+
+class FakeGeneration:
+    """Yields the given texts; with `hold` it then waits until it is cancelled or `let_go` is called."""
+
+    def __init__(self, request: InferenceRequest, texts: list[str], *, hold: bool = False, dies: bool = False) -> None:
+        self.req_id = request.req_id
+        self.reply: CompletionReply | None = None
+        self.cancelled = False
+        self._texts, self._dies = texts, dies
+        self._free = asyncio.Event()
+        if not hold:
+            self._free.set()
+
+    async def __aenter__(self) -> FakeGeneration:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.reply is None:
+            self.cancel()
+
+    def let_go(self) -> None:
+        self._free.set()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._free.set()
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        for index, text in enumerate(self._texts):
+            yield Chunk(index, text, "")
+            await asyncio.sleep(0)
+        await self.result()
+
+    async def result(self) -> CompletionReply:
+        await self._free.wait()
+        if self._dies:
+            raise EngineFailed("the engine died")
+        self.reply = CompletionReply(
+            req_id=self.req_id,
+            text="".join(self._texts),
+            tokens_in=1,
+            tokens_out=len(self._texts),
+            finish_reason="cancelled" if self.cancelled else "stop",
+            duration_ms=1,
+            ms=1,
+        )
+        return self.reply
+
+
+class FakeService:
+    """Answers each request with what `script` makes of it, or raises what it raises."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[InferenceRequest], FakeGeneration] = lambda request: FakeGeneration(
+            request, [f"echo: {request.input}"]
+        )
+        self.requests: list[InferenceRequest] = []
+        self.live: dict[str, FakeGeneration] = {}
+        self.submitted = asyncio.Event()
+
+    async def submit(self, request: InferenceRequest) -> FakeGeneration:
+        self.requests.append(request)
+        generation = self.script(request)
+        self.live[request.req_id] = generation
+        self.submitted.set()
+        return generation
+
+    def find(self, req_id: str) -> FakeGeneration | None:
+        return self.live.get(req_id)

@@ -1,0 +1,222 @@
+"""What a user sees, a picture a state, at 80×24 and 160×48."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from tui_sample import NOW, SampleBusState, SampleChunk, SampleNode, SampleWorker, busy_node, demo_worker, sample_app
+
+from infsvc.errors import ContextLengthExceeded
+from infsvc.events import LogLine
+from infsvc.types import ModelState
+from tui.app import InfsvcApp
+from tui.widgets.header import StatusHeader
+
+Picture = Callable[..., bool]
+SIZES = pytest.mark.parametrize("size", [(80, 24), (160, 48)], ids=["80x24", "160x48"])
+
+
+def chat_node(*texts: str, state: ModelState = ModelState.READY) -> SampleNode:
+    node = SampleNode(demo_worker(state))
+    node.service.chunks = [SampleChunk(text=text) for text in texts]
+    return node
+
+
+def typing(*keys: str, then: Callable[[InfsvcApp], object] | None = None) -> Callable[[Pilot[Any]], Any]:
+    """Presses keys and waits until a condition holds, so that the picture is of a state and not of a moment."""
+
+    async def run(pilot: Pilot[Any]) -> None:
+        await pilot.press(*keys)
+        for _ in range(200):
+            if then is None or then(pilot.app):
+                break
+            await pilot.pause(0.02)
+        else:
+            raise AssertionError("the state for the picture never came")
+        await pilot.pause()
+        pilot.app.screen_stack[0].query_one(StatusHeader).refresh_facts()
+        await pilot.pause()
+
+    return run
+
+
+def answered(app: InfsvcApp) -> bool:
+    return bool(app._chat.conversation.exchanges) and app._chat._answering is None
+
+
+def started(app: InfsvcApp) -> bool:
+    return app.context.phase == "running"
+
+
+ASK = ("f2", *"Why?", "enter")
+ANSWER = (
+    "Backpressure is how a model says that work is **waiting**. When more requests wait than ",
+    "`BACKPRESSURE_THRESHOLD`, the level turns to *warning*; at twice that, to *critical*.\n\n",
+    "```sh\ninfsvc status\n```\n\n",
+    "1. `healthy`\n2. `warning`\n3. `critical`\n",
+)
+
+
+@SIZES
+def test_fleet_at_work(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=typing("down", then=started))
+
+
+def test_fleet_narrow(snap_compare: Picture) -> None:
+    assert snap_compare(sample_app(busy_node()), terminal_size=(56, 20), run_before=typing("down", then=started))
+
+
+def test_fleet_light(snap_compare: Picture) -> None:
+    app = sample_app(busy_node())
+    app.theme = "infsvc-light"
+    assert snap_compare(app, terminal_size=(120, 32), run_before=typing("down", then=started))
+
+
+@SIZES
+def test_fleet_failed_model(snap_compare: Picture, size: tuple[int, int]) -> None:
+    keys = ("down", "down", "down")
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=typing(*keys, then=started))
+
+
+@SIZES
+def test_fleet_without_models(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(SampleNode()), terminal_size=size, run_before=typing(then=started))
+
+
+@SIZES
+def test_fleet_first_start(snap_compare: Picture, size: tuple[int, int]) -> None:
+    demo = demo_worker(ModelState.LOADING)
+    demo.progress = 0.34
+    node = SampleNode(demo, SampleWorker("gemma3-270m", ModelState.ABSENT), SampleWorker("qwen3-4b", ModelState.ABSENT))
+    node.bus.state = SampleBusState(status="starting")
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=typing(then=started))
+
+
+@SIZES
+def test_fleet_broker_down(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = busy_node()
+    node.bus.state = SampleBusState(status="down", reason="connection refused", retry_in_s=3.2)
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=typing(then=started))
+
+
+@SIZES
+def test_fleet_filter(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("slash", *"qwen", then=started)
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_detail(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("down", "enter", then=started)
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_chat_empty(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(chat_node()), terminal_size=size, run_before=typing("f2", then=started))
+
+
+@SIZES
+def test_chat_waiting_for_a_loading_model(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = chat_node(state=ModelState.LOADING)
+    node.fleet.workers["demo"].progress = 0.61
+    run = typing(*ASK, then=lambda app: "61" in str(app.screen.query(".waiting").last().render()))
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_chat_streaming(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = chat_node(*ANSWER)
+    node.service.chunks = [SampleChunk(reasoning="They ask about load."), *node.service.chunks]
+    node.service.hold_after = 2
+    run = typing(*ASK, then=lambda app: "tok" in str(app.screen.query(".foot").last().render()))
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_chat_finished(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = chat_node(*ANSWER)
+    node.service.chunks = [SampleChunk(reasoning="They ask about load."), *node.service.chunks]
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=typing(*ASK, then=answered))
+
+
+@SIZES
+def test_chat_stopped(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = chat_node(*ANSWER)
+    node.service.hold_after = 1
+
+    async def run(pilot: Pilot[Any]) -> None:
+        await typing(*ASK, then=lambda app: "tok" in str(app.screen.query(".foot").last().render()))(pilot)
+        await typing("escape", then=answered)(pilot)
+
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_chat_context_exceeded(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = chat_node()
+    node.service.refusal = ContextLengthExceeded(n_prompt_tokens=1_311, n_ctx=1_024)
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=typing(*ASK, then=answered))
+
+
+@SIZES
+def test_chat_settings(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(chat_node()), terminal_size=size, run_before=typing("f2", "ctrl+s", then=started))
+
+
+def test_chat_model_picker(snap_compare: Picture) -> None:
+    run = typing("f2", "ctrl+o", then=started)
+    assert snap_compare(sample_app(busy_node()), terminal_size=(80, 24), run_before=run)
+
+
+@SIZES
+def test_logs_empty(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(SampleNode()), terminal_size=size, run_before=typing("f5", then=started))
+
+
+def full_log() -> SampleNode:
+    node = busy_node()
+    codes = (
+        ("info", "llama", "llama_model_loader: loaded meta data"),
+        ("debug", "queue", "0 waiting"),
+        ("warning", "backpressure", "6 waiting"),
+    )
+    for index in range(120):
+        level, code, msg = codes[index % 3]
+        node.happen(LogLine(ts=NOW.timestamp() + index, model="demo", level=level, code=code, msg=f"{msg} #{index}"))
+    return node
+
+
+@SIZES
+def test_logs_full(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(full_log()), terminal_size=size, run_before=typing("f5", then=started))
+
+
+@SIZES
+def test_logs_searched(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("f5", "slash", *"llama", "enter", then=started)
+    assert snap_compare(sample_app(full_log()), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_help(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("question_mark", then=started)
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_quit_question(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("ctrl+q", then=lambda app: len(app.screen_stack) > 1)
+    assert snap_compare(sample_app(busy_node()), terminal_size=size, run_before=run)
+
+
+def test_palette(snap_compare: Picture) -> None:
+    run = typing("ctrl+p", *"load", then=started)
+    assert snap_compare(sample_app(busy_node()), terminal_size=(80, 24), run_before=run)
+
+
+def test_too_small(snap_compare: Picture) -> None:
+    assert snap_compare(sample_app(busy_node()), terminal_size=(38, 9), run_before=typing(then=started))

@@ -1,0 +1,326 @@
+"""A node of the shape that the screens read, driven by a test: nothing in it runs by itself.
+
+Times are fixed, ids are counted, and an answer is what the test says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from engine.capabilities import CapabilityClaim, detect
+from engine.model_info import ModelInfo
+from infsvc.errors import UnknownModel
+from infsvc.events import Event, EventBus, LogLine, ModelStateChanged, RequestFinished
+from infsvc.settings import WorkerSettings
+from infsvc.types import CompletionReply, FinishReason, ModelState, backpressure_level
+from tui.app import InfsvcApp
+
+NOW = datetime(2026, 3, 14, 14, 7, 31, tzinfo=UTC)
+
+
+@dataclass
+class Sample:
+    ts: float
+    n_waiting: int
+    n_active: int
+    tokens_per_s: float
+
+
+@dataclass
+class SampleStats:
+    n_finished: int = 0
+    n_tokens_out: int = 0
+    pace: float = 0.0
+    ttft: tuple[float, float] | None = None
+    latency: tuple[float, float] | None = None
+    history: deque[Sample] = field(default_factory=lambda: deque(maxlen=900))
+
+    def tokens_per_s(self) -> float:
+        return self.pace
+
+    def ttft_ms(self) -> tuple[float, float] | None:
+        return self.ttft
+
+    def latency_ms(self) -> tuple[float, float] | None:
+        return self.latency
+
+
+@dataclass
+class SampleCounters:
+    n_steps: int = 0
+    n_decode_tokens: int = 0
+    n_prefill_tokens: int = 0
+    max_batch_sequences: int = 0
+    mean_batch_sequences: float = 0.0
+    n_finished: int = 0
+    n_cancelled: int = 0
+
+
+def sample_info(
+    architecture: str, n_params: int, quantization: str, *, tools: bool = False, think: bool = False
+) -> ModelInfo:
+    """Header facts; `tools` and `think` put what `detect` looks for into the chat template."""
+    template = "{{ messages }}" + (" {{ tools }}" if tools else "") + (" <think>" if think else "")
+    return ModelInfo(
+        path=Path(f"data/models/{architecture}/model.gguf"), file_bytes=n_params, architecture=architecture, name=None,
+        license="apache-2.0", n_params=n_params, weight_bytes=n_params, n_ctx_train=32768, n_embd=1024, n_layer=28,
+        n_vocab=151_936, n_head_kv=8, key_length=128, value_length=128, quantization=quantization,
+        chat_template=None if architecture == "nomic-bert" else template,
+        pooling="mean" if architecture == "nomic-bert" else None, causal=architecture != "nomic-bert",
+        special_tokens=frozenset(),
+    )  # fmt: skip
+
+
+class SampleWorker:
+    """A model whose every fact the test sets."""
+
+    def __init__(self, name: str, state: ModelState = ModelState.ON_DISK, **settings: Any) -> None:
+        self.settings = WorkerSettings(model_name=name, **settings)
+        self.name = name
+        self.state = state
+        self.reason: str | None = None
+        self.progress: float | None = None
+        self.asked = state not in (ModelState.ON_DISK, ModelState.ABSENT)
+        self.info: ModelInfo | None = None
+        self.claims: tuple[CapabilityClaim, ...] = ()
+        self.stats = SampleStats()
+        self.counters = SampleCounters()
+        self.n_active = 0
+        self.n_waiting = 0
+        self.endpoint = f"http://127.0.0.1:{self.settings.address.port}" if self.settings.address else ""
+
+    @property
+    def n_slots(self) -> int:
+        return self.settings.worker_concurrency
+
+    @property
+    def n_ctx(self) -> int:
+        return self.settings.ctx_size
+
+    @property
+    def level(self) -> str:
+        threshold, capacity = self.settings.backpressure_threshold, self.settings.queue_max_msgs
+        return backpressure_level(self.n_waiting, threshold=threshold, capacity=capacity)
+
+    def learn(self, info: ModelInfo) -> Self:
+        self.info, self.claims = info, detect(info)
+        return self
+
+
+@dataclass
+class SampleChunk:
+    text: str = ""
+    reasoning: str = ""
+
+
+class SampleGeneration:
+    """An answer that comes as the test says it; before chunk number `hold_after` it waits for `release` or `cancel`."""
+
+    def __init__(
+        self, chunks: Sequence[SampleChunk], *, hold_after: int | None, finish: FinishReason, error: str | None
+    ) -> None:
+        self._chunks, self._hold_after, self._finish, self._error = chunks, hold_after, finish, error
+        self._released = asyncio.Event()
+        self.tokens_in, self.tokens_out = 52, 0
+        self.ttft_ms: float | None = None
+        self.tokens_per_s = 0.0
+        self.reply: CompletionReply | None = None
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self._released.set()
+
+    def release(self) -> None:
+        """Lets a held answer go on."""
+        self._released.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    async def __aiter__(self) -> AsyncIterator[SampleChunk]:
+        for index, chunk in enumerate(self._chunks):
+            if index == self._hold_after:
+                await self._released.wait()
+            if self.cancelled:
+                break
+            self.ttft_ms, self.tokens_per_s = 4.0, 1980.4
+            self.tokens_out += 1
+            yield chunk
+        reason: FinishReason = "cancelled" if self.cancelled else self._finish
+        self.reply = CompletionReply(
+            req_id="0001", text="".join(chunk.text for chunk in self._chunks), tokens_in=self.tokens_in,
+            tokens_out=self.tokens_out, tokens_cached=12, finish_reason=reason, duration_ms=25, ms=25,
+            error=self._error, )  # fmt: skip
+
+
+class SampleService:
+    """Answers each request with the next of `answers`: chunks, or an error to raise."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+        self.chunks: Sequence[SampleChunk] = ()
+        self.hold_after: int | None = None
+        self.finish: FinishReason = "stop"
+        self.error: str | None = None
+        self.refusal: Exception | None = None
+        self.generations: list[SampleGeneration] = []
+
+    async def submit(self, request: Any) -> SampleGeneration:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        generation = SampleGeneration(self.chunks, hold_after=self.hold_after, finish=self.finish, error=self.error)
+        self.generations.append(generation)
+        return generation
+
+
+@dataclass
+class SampleFleet:
+    workers: dict[str, SampleWorker] = field(default_factory=dict)
+
+
+@dataclass
+class SampleBusState:
+    status: str = "connected"
+    url: str = "nats://127.0.0.1:5700"
+    embedded: bool = True
+    reason: str | None = None
+    retry_in_s: float | None = None
+
+
+@dataclass
+class SampleBus:
+    state: SampleBusState = field(default_factory=SampleBusState)
+
+
+@dataclass
+class SampleSystem:
+    ram_used_bytes: int = int(3.1 * 2**30)
+    ram_total_bytes: int = int(23.4 * 2**30)
+
+
+class SampleNode:
+    """Records what is asked of it in `calls`; `start_error` makes its start fail."""
+
+    def __init__(self, *workers: SampleWorker) -> None:
+        self.name = "alpha"
+        self.events = EventBus("alpha")
+        self.fleet = SampleFleet({worker.name: worker for worker in workers})
+        self.service = SampleService()
+        self.bus = SampleBus()
+        self.gateway_url = "http://127.0.0.1:5780"
+        self.calls: list[str] = []
+        self.start_error: Exception | None = None
+        self.load_error: Exception | None = None
+        self.entered = False
+
+    async def load(self, name: str) -> SampleWorker:
+        self.calls.append(f"load {name}")
+        if name not in self.fleet.workers:
+            raise UnknownModel(name, list(self.fleet.workers))
+        if self.load_error is not None:
+            raise self.load_error
+        worker = self.fleet.workers[name]
+        worker.state, worker.asked = ModelState.LOADING, True
+        return worker
+
+    async def unload(self, name: str) -> None:
+        self.calls.append(f"unload {name}")
+
+    def system(self) -> SampleSystem:
+        return SampleSystem()
+
+    async def __aenter__(self) -> Self:
+        if self.start_error is not None:
+            raise self.start_error
+        self.entered = True
+        self.calls.append("start")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.calls.append("close")
+
+    def happen(self, *events: Event) -> None:
+        for event in events:
+            self.events.publish(event)
+
+
+def sample_app(node: SampleNode, *, animate: bool = False) -> InfsvcApp:
+    """The app with fixed clocks and nothing that moves by itself; each thought takes 0.2 s."""
+    ticks = iter(range(1_000_000))
+    return InfsvcApp(node, clock=lambda: NOW, monotonic=lambda: next(ticks) * 0.2, animate=animate)
+
+
+def demo_worker(state: ModelState = ModelState.READY) -> SampleWorker:
+    worker = SampleWorker("demo", state, http_addr=":5769", worker_concurrency=8, ctx_size=1024)
+    return worker.learn(sample_info("qwen3", 3_100_000, "Q8_0", tools=True, think=True))
+
+
+def _wave(n: int, top: float) -> deque[Sample]:
+    """Up to fifteen minutes of work that comes and goes, the same each time; the queue grows where the pace stays
+    flat.
+    """
+    samples: deque[Sample] = deque(maxlen=900)
+    for index in range(n):
+        swing = math.sin((index + 900 - n) / 900 * 5.2 + 3.4) * 0.5 + 0.5
+        pace = top * min(1.0, 1.5 * swing) * (0.92 + 0.08 * math.sin(index / 7))
+        samples.append(Sample(NOW.timestamp() - n + index, round(max(0.0, swing - 0.55) * 14), round(2 * swing), pace))
+    return samples
+
+
+def busy_node() -> SampleNode:
+    """What a node looks like in the middle of its work: ready, busy, loading, failed, absent and idle models."""
+    demo = demo_worker()
+    demo.stats = SampleStats(
+        n_finished=128, n_tokens_out=9_000, ttft=(3.0, 4.0), latency=(40, 90), history=_wave(40, 80)
+    )
+    gemma = SampleWorker("gemma3-270m", ModelState.READY, http_addr=":5770", worker_concurrency=2, ctx_size=8192)
+    gemma.learn(sample_info("gemma3", 268_000_000, "Q4_K_M"))
+    gemma.n_active, gemma.n_waiting = 2, 6
+    gemma.stats = SampleStats(
+        n_finished=1_204,
+        n_tokens_out=98_000,
+        pace=142.4,
+        ttft=(120, 210),
+        latency=(1200, 2900),
+        history=_wave(900, 160),
+    )
+    gemma.counters = SampleCounters(48_210, 98_000, 31_000, 2, 1.94, 1_204, 3)
+    nomic = SampleWorker(
+        "nomic-embed-v1.5", ModelState.ON_DISK, http_addr=":5778", model_format="embedding", ctx_size=2048
+    )
+    nomic.learn(sample_info("nomic-bert", 137_000_000, "F16"))
+    qwen = SampleWorker("qwen3-4b", ModelState.LOADING, http_addr=":5771")
+    qwen.learn(sample_info("qwen3", 4_020_000_000, "Q4_K_M", tools=True, think=True))
+    qwen.progress = 0.61
+    oss = SampleWorker("gpt-oss-20b", ModelState.ABSENT, http_addr=":5772", model_format="harmony", ctx_size=8192)
+    moe = SampleWorker("llama3-8b", ModelState.FAILED, ctx_size=8192, backpressure_threshold=3)
+    moe.learn(sample_info("llama", 8_030_000_000, "Q4_K_M", tools=True))
+    moe.reason = (
+        "needs 6.9 GiB (weights 4.6, KV 2.0, compute 0.3) and 3.2 GiB are free: lower CTX_SIZE or WORKER_CONCURRENCY, "
+        "unload another model, or load with force"
+    )
+    node = SampleNode(demo, gemma, oss, moe, nomic, qwen)
+    at = NOW.timestamp()
+    node.happen(
+        ModelStateChanged(ts=at - 31, model="demo", state=ModelState.READY),
+        LogLine(ts=at - 31, model="demo", level="info", code="model.loaded", msg="demo is ready"),
+        LogLine(ts=at - 12, model="llama3-8b", level="error", code="model.failed", msg=f"failed: {moe.reason}"),
+        LogLine(ts=at - 3, model="gemma3-270m", level="warning", code="backpressure", msg="6 waiting, threshold 5"),
+        RequestFinished(
+            ts=at - 1, model="gemma3-270m", req_id="9f2c41aa07d3b6e8", tokens_in=52, tokens_out=128, ttft_ms=118,
+            duration_ms=1420, finish_reason="stop", source="nats",
+        ),
+    )  # fmt: skip
+    return node

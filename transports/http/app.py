@@ -1,0 +1,140 @@
+"""The route table of a node's ports, and the boundary where every error becomes an answer.
+
+A model's own port and the gateway serve the same routes; the gateway picks the model by what the request names.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from infsvc import __version__
+from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
+from transports.http.admin import Admin
+from transports.http.body import query, shown
+from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
+from transports.http.health import Health
+from transports.http.native import Completions
+from transports.http.refusals import Internal, Json, WrongMethod, answer
+
+if TYPE_CHECKING:
+    from transports.node import Node
+
+log = logging.getLogger("infsvc.http")
+
+
+def build_app(node: Node, model: str | None) -> ASGIApp:
+    """The ASGI app of one port.
+
+    Args:
+        node: whose models, service, events and logs are served.
+        model: the model of its own port, or None for the gateway.
+    """
+    completions, health, admin = Completions(node, model), Health(node, model), Admin(node, model)
+    routes = [
+        Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/healthz", health.show),
+        Route("/logs", admin.logs),
+        Route("/api/services", admin.services),
+        Route("/api/services/{model}", admin.service),
+        Route("/api/events", admin.events),
+        Route("/api/requests", admin.requests),
+        Route("/api/requests/{req_id:path}", admin.cancel, methods=["DELETE"]),
+        Route("/api/models/{model}/load", admin.load, methods=["POST"]),
+        Route("/api/models/{model}/unload", admin.unload, methods=["POST"]),
+    ]
+    table = [
+        f"{method} {route.path_format}" for route in routes for method in sorted((route.methods or set()) - {"HEAD"})
+    ]
+
+    async def index(request: Request) -> Json:
+        query(request)
+        return Json({"service": "infsvc", "version": __version__, "node": node.name, "model": model, "routes": table})
+
+    keys = node.settings.keys
+    app = Starlette(
+        routes=[*routes, Route("/", index)],
+        middleware=[
+            Middleware(Boundary, model=model),
+            Middleware(ApiKeys, keys=keys) if keys else Middleware(LoopbackGuard),
+            Middleware(BodyLimit),
+        ],
+        exception_handlers={HTTPException: _unrouted},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _unrouted(request: Request, error: Exception) -> NoReturn:
+    """Starlette's own 404 and 405 in this project's terms."""
+    assert isinstance(error, HTTPException)
+    path = shown(request.url.path)
+    if error.status_code == 405:
+        allowed = sorted(method.strip() for method in (error.headers or {})["Allow"].split(","))
+        raise WrongMethod(request.method, path, allowed)
+    if error.status_code == 404:
+        raise NotFound(f"nothing is served at {path}: GET / lists what is")
+    raise BadRequest(error.detail)
+
+
+class Boundary:
+    """The outermost layer: what is raised below becomes status, headers and a native body, here and nowhere else.
+
+    It stands as the first middleware, inside Starlette's own last resort, which answers in plain text and raises again.
+    """
+
+    def __init__(self, app: ASGIApp, model: str | None) -> None:
+        self._app, self._model = app, model
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun_s = time.perf_counter()
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except (ClientGone, ClientDisconnect):
+            # There is nobody to answer; uvicorn knows that the connection is gone.
+            status = ClientGone.status
+        except RequestError as error:
+            await self._refuse(error, status, scope, receive, noting)
+        except Exception:
+            log.exception(
+                "a request failed", extra={"code": "http.failed", "meta": _facts(scope), "model": self._model}
+            )
+            await self._refuse(Internal(), status, scope, receive, noting)
+        meta = _facts(scope) | {"status": status, "duration_ms": round((time.perf_counter() - begun_s) * 1000, 1)}
+        # A 503 is a state that the log already tells of, and pollers repeat it.
+        level = logging.WARNING if status >= 500 and status != 503 else logging.DEBUG
+        log.log(
+            level, "%s %s: %d", scope["method"], meta["path"], status,
+            extra={"code": "http.request", "meta": meta, "model": self._model},
+        )  # fmt: skip
+
+    async def _refuse(self, error: RequestError, status: int, scope: Scope, receive: Receive, send: Send) -> None:
+        # Once the head is sent there is no answer left to give; uvicorn then closes the connection.
+        if status:
+            return
+        response = answer(error, scope.get("state", {}).get("req_id"))
+        if any(name == b"expect" for name, _ in scope["headers"]):
+            # Nobody can know whether a body that was announced with Expect follows its refusal.
+            response.headers["Connection"] = "close"
+        await response(scope, receive, send)
+
+
+def _facts(scope: Scope) -> dict[str, Any]:
+    """What the log says of a request. The query string stays out: people put secrets there."""
+    return {"method": scope["method"], "path": shown(scope["path"]), "req_id": scope.get("state", {}).get("req_id")}

@@ -1,0 +1,127 @@
+"""`POST /v1/completions` in the native shape: validates, hands to the service, frames what comes back.
+
+What a request means is the service's; this file knows bodies, headers, status codes and server-sent events.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.generation import Generation
+from engine.service import InferenceRequest
+from infsvc.errors import BadRequest, ClientGone, RequestError, Unsupported
+from infsvc.types import CompletionChunk, CompletionRequest
+from transports.http.body import bad_request, query, read_object, shown
+from transports.http.refusals import Internal, Json, req_id_header
+from transports.http.streams import EventStream, comment, data, present
+
+if TYPE_CHECKING:
+    from transports.node import Node
+
+log = logging.getLogger("infsvc.http")
+
+QUIET_S = 10.0
+"""After how long without an event a stream says that it still waits."""
+
+TRACE_HEADER = "X-Trace-ID"
+_TRACE_CHARACTERS = 200
+_REQ_ID_CHARACTERS = 200
+
+
+class Completions:
+    """The native completion route.
+
+    Args:
+        model: the one model of this port, or None on the gateway, where the body's `model` picks.
+    """
+
+    def __init__(self, node: Node, model: str | None) -> None:
+        self._node, self._model = node, model
+
+    async def create(self, request: Request) -> Response:
+        """Answers with the reply, or with a stream of it."""
+        query(request)
+        body = await read_object(request)
+        req_id = body.get("req_id")
+        if isinstance(req_id, str) and 0 < len(req_id) <= _REQ_ID_CHARACTERS:
+            request.state.req_id = req_id
+        wire = _validated(body)
+        inference = InferenceRequest.from_wire(
+            wire, model=self._chosen(wire.model), source="http", trace_id=_trace_header(request)
+        )
+        request.state.req_id = inference.req_id
+        return await (self._stream(inference) if wire.stream else self._reply(inference, request))
+
+    def _chosen(self, named: str | None) -> str:
+        if self._model is not None and named is not None and named != self._model:
+            raise BadRequest(
+                f"this is {self._model}'s port and the body names {shown(named)}: leave model out, or use the gateway",
+                param="model",
+            )
+        return self._node.service.resolve(self._model or named).name
+
+    async def _reply(self, inference: InferenceRequest, request: Request) -> Response:
+        async with present(request.receive) as client, await self._node.service.submit(inference) as generation:
+            client.when_gone(generation.cancel)
+            reply = await generation.result()
+            gone = client.gone
+        if gone:
+            raise ClientGone("the client went away before its answer was ready")
+        return Json(reply.wire(), headers=req_id_header(reply.req_id))
+
+    async def _stream(self, inference: InferenceRequest) -> Response:
+        generation = await self._node.service.submit(inference)
+        return EventStream(
+            _frames(generation),
+            stop=generation.cancel,
+            quiet=comment("waiting"),
+            quiet_s=QUIET_S,
+            headers=req_id_header(generation.req_id),
+        )
+
+
+async def _frames(generation: Generation) -> AsyncGenerator[bytes, None]:
+    """An event for each step that yields text, then the reply, or the error in its place."""
+    req_id, index = generation.req_id, 0
+    try:
+        async for chunk in generation:
+            if chunk.text:
+                yield data(CompletionChunk(req_id=req_id, index=index, text=chunk.text).model_dump())
+                index += 1
+        last = (await generation.result()).wire()
+    except RequestError as error:
+        last = error.native(req_id)
+    except Exception:
+        log.exception(
+            "a stream failed", extra={"code": "http.failed", "meta": {"req_id": req_id}, "model": generation.model}
+        )
+        last = Internal().native(req_id)
+    yield data(last | {"done": True})
+
+
+def _validated(body: dict[str, Any]) -> CompletionRequest:
+    if "prompt" in body:
+        if "input" in body:
+            raise BadRequest("the body has both input and prompt: give one of them", param="input")
+        raise Unsupported("prompt", "OpenAI's shape is not served by this version; send the text as input")
+    if "input" not in body:
+        raise BadRequest("the body has no input: send the text as input", param="input")
+    try:
+        return CompletionRequest.model_validate(body)
+    except ValidationError as error:
+        raise bad_request(error) from None
+
+
+def _trace_header(request: Request) -> str | None:
+    header = request.headers.get(TRACE_HEADER)
+    if header is not None and len(header) > _TRACE_CHARACTERS:
+        raise BadRequest(
+            f"{TRACE_HEADER} has {len(header)} characters: {_TRACE_CHARACTERS} are allowed", param=TRACE_HEADER
+        )
+    return header or None

@@ -1,0 +1,1 @@
+"""The node's door to NATS: its broker, its connection, requests in, health and reports out."""

@@ -1,0 +1,67 @@
+"""Every message that crosses from one widget or screen to another.
+
+A later one replaces an earlier one that was not read yet, where only the last counts.
+"""
+
+from __future__ import annotations
+
+from textual.message import Message
+
+
+class ModelHighlighted(Message):
+    """The matrix' cursor stands on another model, or on none."""
+
+    def __init__(self, model: str | None) -> None:
+        super().__init__()
+        self.model = model
+
+    def can_replace(self, message: Message) -> bool:
+        return isinstance(message, ModelHighlighted)
+
+
+class DetailRequested(Message):
+    """Show everything known of one model."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class LoadRequested(Message):
+    """Make a model ready."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class UnloadRequested(Message):
+    """Drain a model and free it; asks first when it is at work."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class ChatRequested(Message):
+    """Go to the chat with this model."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class PromptSubmitted(Message):
+    """The user sent what stands in the chat's input."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+
+class TranscriptScrolled(Message):
+    """The chat's input passes a page key on to the transcript: `direction` is -1 or 1."""
+
+    def __init__(self, direction: int) -> None:
+        super().__init__()
+        self.direction = direction

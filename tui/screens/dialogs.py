@@ -1,0 +1,150 @@
+"""The small boxes: a question with yes and no, the help of a screen, a model's detail, the choice of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.widgets import OptionList, Static
+from textual.widgets.option_list import Option
+
+from tui.messages import ChatRequested, LoadRequested, UnloadRequested
+from tui.node_view import NodeView, ready_first
+from tui.screens.base import Dialog
+from tui.widgets.model_facts import detail
+from tui.wording import clean, hang, state_of
+
+
+class Question(Dialog[bool]):
+    """Answers True for yes; Enter and Esc are no, so that nothing is lost by a habit."""
+
+    HEADING = "Sure?"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "yes", id="question.yes", tooltip="Do it"),
+        Binding("n,enter", "answer(False)", "no", id="question.no", tooltip="Leave things as they are"),
+    ]
+
+    def __init__(self, question: str, yes: str) -> None:
+        super().__init__()
+        self._question, self._yes = question, yes
+
+    def compose_box(self) -> ComposeResult:
+        yield Static(Content(self._question), classes="question")
+        yield Static(
+            Content.assemble(("y", "$accent bold"), f" {self._yes}    ", ("n", "$accent bold"), " no"), classes="hint"
+        )
+
+    def action_answer(self, yes: bool) -> None:
+        self.dismiss(yes)
+
+
+class Help(Dialog[None]):
+    """The keys that work on a screen, as their bindings describe them."""
+
+    HEADING = "Keys"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("question_mark,f12", "leave", "close", id="help.close", tooltip="Close this list"),
+    ]
+
+    def __init__(self, bindings: Iterable[tuple[str, str]]) -> None:
+        super().__init__()
+        self._rows = list(bindings)
+
+    def compose_box(self) -> ComposeResult:
+        with VerticalScroll():
+            yield Static("", id="keys")
+        yield Static(Content("digits and ? work outside inputs · esc closes"), classes="hint")
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.call_after_refresh(self._fill)
+
+    def _fill(self) -> None:
+        table = self.query_one("#keys", Static)
+        width = table.content_size.width or 72
+        rows = [Content.assemble((f"{key:<8}", "$accent bold"), hang(told, 8, width)) for key, told in self._rows]
+        table.update(Content("\n").join(rows))
+
+
+class ModelDetail(Dialog[None]):
+    """Everything known of one model; brought up to date each second."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "load", "load", id="detail.load", tooltip="Load this model"),
+        Binding("u", "unload", "unload", id="detail.unload", tooltip="Unload this model"),
+        Binding("t", "chat", "chat", id="detail.chat", tooltip="Chat with this model"),
+    ]
+
+    def __init__(self, node: NodeView, model: str) -> None:
+        super().__init__()
+        self._node, self._model = node, model
+
+    def compose_box(self) -> ComposeResult:
+        with VerticalScroll():
+            yield Static("", id="facts")
+        hint = Content.assemble(("l", "$accent bold"), " load  ", ("u", "$accent bold"), " unload  ",
+                                ("t", "$accent bold"), " chat  ", ("esc", "$accent bold"), " close")  # fmt: skip
+        yield Static(hint, classes="hint")
+
+    def on_mount(self) -> None:
+        self.query_one(".box").border_title = clean(self._model)
+        self.query_one(VerticalScroll).focus()
+        self.set_interval(1.0, self._look, name="detail")
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.call_after_refresh(self._look)
+
+    def _look(self) -> None:
+        worker = self._node.fleet.workers.get(self._model)
+        self.query_one("#facts", Static).update(
+            detail(worker, self.query_one("#facts").content_size.width or 72)
+            if worker
+            else "this model is no longer there"
+        )
+
+    def action_load(self) -> None:
+        self.app.post_message(LoadRequested(self._model))
+
+    def action_unload(self) -> None:
+        self.app.post_message(UnloadRequested(self._model))
+
+    def action_chat(self) -> None:
+        self.dismiss(None)
+        self.app.post_message(ChatRequested(self._model))
+
+
+class ModelPicker(Dialog[str | None]):
+    """Chooses a model to chat with; answers its name."""
+
+    HEADING = "Chat with"
+
+    def __init__(self, node: NodeView, chosen: str | None) -> None:
+        super().__init__()
+        self._node, self._chosen = node, chosen
+
+    def compose_box(self) -> ComposeResult:
+        workers = ready_first(self._node.fleet.workers.values())
+        options = []
+        for worker in workers:
+            state = state_of(worker)
+            options.append(
+                Option(
+                    Content.assemble((f"{clean(worker.name):<28} ", ""), (str(state), f"${state.tone}")), id=worker.name
+                )
+            )
+        if options:
+            picker = OptionList(*options)
+            names = [worker.name for worker in workers]
+            picker.highlighted = names.index(self._chosen) if self._chosen in names else 0
+            yield picker
+        else:
+            yield Static(Content("no model here can chat: add a worker file to envs/"))
+        yield Static(Content("enter chooses · esc closes"), classes="hint")
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        event.stop()
+        self.dismiss(event.option.id)
