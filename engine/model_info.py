@@ -23,6 +23,8 @@ _MAX_HEADER_BYTES = 2**27
 _MAX_STRING_BYTES = 2**24
 _MAX_PAIRS = _MAX_TENSORS = 2**16
 _MAX_DEPTH = 4
+# LLAMA_MAX_LAYERS; llama.cpp aborts on more, on a negative epsilon and on a vocabulary that holds a token twice.
+_MAX_LAYERS = 512
 _POOLING = {-1: None, 0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 
 # general.file_type → name, from llama.cpp's enum llama_ftype.
@@ -94,16 +96,17 @@ class _Reader:
     def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code)))[0]
 
-    def text(self) -> str:
+    def text(self, errors: str = "replace") -> str:
         n = self.scalar("Q")
         if n > _MAX_STRING_BYTES:
             raise ModelFileError(f"{self._path} is damaged: its header claims a text of {n} bytes")
-        return self.take(n).decode("utf-8", errors="replace")
+        return self.take(n).decode("utf-8", errors)
 
     def value(self, kind: int, *, keep: bool, depth: int = 0) -> Any:
         """A value of a GGUF type. Strings of an array are only counted unless `keep`."""
         if kind == _STRING:
-            return self.text()
+            # Texts of a list are kept apart even where they are no UTF-8.
+            return self.text("surrogateescape" if depth else "replace")
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind != _ARRAY or depth > _MAX_DEPTH:
@@ -187,6 +190,11 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
         value = facts.get(key)
         return value if isinstance(value, str) else None
 
+    if number("block_count") > _MAX_LAYERS:
+        raise ModelFileError(f"{path} is damaged: its header claims {number('block_count')} layers")
+    for key, value in facts.items():
+        if key.endswith("_epsilon") and not 0 <= float(value) < 1:
+            raise ModelFileError(f"{path} is damaged: {key} is {value}")
     for key in ("embedding_length", "block_count"):
         if number(key) == 0:
             raise ModelFileError(f"{path} is not a whole model: its header has no {arch}.{key}")
@@ -197,6 +205,9 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     tokens = facts.get("tokenizer.ggml.tokens", ())
     if not isinstance(tokens, tuple) or any(not isinstance(token, str) for token in tokens):
         raise ModelFileError(f"{path} is damaged: tokenizer.ggml.tokens is no list of texts")
+    spelled = [token for token in tokens if token]
+    if len(set(spelled)) < len(spelled):
+        raise ModelFileError(f"{path} is damaged: its vocabulary holds a token twice")
     pooling = number("pooling_type")
     return ModelInfo(
         path=path,

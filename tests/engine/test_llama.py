@@ -22,7 +22,8 @@ from engine.llama import (
     LlamaModel,
     SamplerChain,
 )
-from infsvc.errors import LoadError
+from infsvc.errors import LoadError, ModelFileError
+from tests.engine.gguf_files import rewrite
 from tests.engine.parts import spec
 from tests.tiny_models import byte_symbols
 
@@ -265,25 +266,22 @@ def test_a_load_can_be_stopped(tiny_model: Path) -> None:
     assert len(heard) == 1
 
 
-def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+def test_a_model_without_a_vocabulary_is_refused(tiny_model: Path, tmp_path: Path, kind: str) -> None:
     """Tokenising with it would abort."""
-    path = tmp_path / "novocab.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(256)
-    writer.add_embedding_length(64)
-    writer.add_block_count(0)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(256)
-    writer.add_tokenizer_model("none")
-    writer.add_tensor("token_embd.weight", np.zeros((256, 64), dtype=np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(64, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = rewrite(
+        tiny_model,
+        tmp_path / "m.gguf",
+        {"tokenizer.ggml.model": kind, "llama.vocab_size": (gguf.GGUFValueType.UINT32, 259)},
+        drop=("tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type"),
+    )
     with pytest.raises(LoadError, match="vocabulary"):
+        LlamaModel(path)
+
+
+def test_what_the_header_check_refuses_never_reaches_llama_cpp(tiny_model: Path, tmp_path: Path) -> None:
+    path = rewrite(tiny_model, tmp_path / "m.gguf", {"llama.block_count": (gguf.GGUFValueType.UINT32, 0)})
+    with pytest.raises(ModelFileError, match="block_count"):
         LlamaModel(path)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,6 +224,16 @@ class SampleNode:
         self.start_error: Exception | None = None
         self.load_error: Exception | None = None
         self.entered = False
+        self.start: Callable[[], Awaitable[object]] | None = None
+        self._may_close = asyncio.Event()
+        self._may_close.set()
+
+    def hold_close(self) -> None:
+        """Makes the close wait for `release_close`."""
+        self._may_close.clear()
+
+    def release_close(self) -> None:
+        self._may_close.set()
 
     async def load(self, name: str) -> SampleWorker:
         self.calls.append(f"load {name}")
@@ -244,11 +254,14 @@ class SampleNode:
     async def __aenter__(self) -> Self:
         if self.start_error is not None:
             raise self.start_error
+        if self.start is not None:
+            await self.start()
         self.entered = True
         self.calls.append("start")
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._may_close.wait()
         self.calls.append("close")
 
     def happen(self, *events: Event) -> None:

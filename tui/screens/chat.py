@@ -21,7 +21,7 @@ from infsvc.errors import ContextLengthExceeded, Draining, EngineFailed, InfsvcE
 from infsvc.types import ModelState
 from tui.context import Context
 from tui.conversation import ChatSettings, Conversation, Exchange
-from tui.messages import LoadRequested, PromptSubmitted, TranscriptScrolled
+from tui.messages import PromptSubmitted, TranscriptScrolled
 from tui.node_view import GenerationView, WorkerView, ready_first
 from tui.screens.base import NodeScreen
 from tui.screens.chat_settings import ChatSettingsDialog
@@ -162,17 +162,17 @@ class ChatScreen(NodeScreen):
 
     async def _until_ready(self, answering: Answering, worker: WorkerView) -> bool:
         """Waits until the model can answer; False when the user stops that. A model on disk is loaded."""
-        if worker.state is ModelState.ON_DISK and not worker.asked:
-            self.app.post_message(LoadRequested(worker.name))
-        begun_in = worker.state
+        was = worker.state
+        if was is ModelState.ON_DISK and not worker.asked:
+            await self.node.load(worker.name)
         while worker.state is not ModelState.READY:
             if answering.stopped:
                 return False
             if worker.state is ModelState.FAILED or worker.state is ModelState.ABSENT:
                 raise ModelNotLoaded(worker.name, worker.state.value, worker.reason)
-            if worker.state is ModelState.ON_DISK and begun_in is not ModelState.ON_DISK:
+            if worker.state is ModelState.ON_DISK and was is not ModelState.ON_DISK:
                 raise ModelNotLoaded(worker.name, "on disk")
-            begun_in = worker.state
+            was = worker.state
             answering.turn.wait(Content(f"waiting for {clean(worker.name)} {state_of(worker)}"))
             await asyncio.sleep(_WAIT_S)
         return not answering.stopped

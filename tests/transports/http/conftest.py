@@ -189,13 +189,15 @@ async def serve() -> AsyncIterator[Serve]:
         client = httpx2.AsyncClient(
             base_url=f"http://127.0.0.1:{server.port}", timeout=5, trust_env=False, verify=NO_TLS
         )
-        client.server = server  # type: ignore[attr-defined]
+        client.server, client.raws = server, []  # type: ignore[attr-defined]
         clients.append(client)
         return client
 
     yield start
     for client in clients:
         await client.aclose()
+        for raw in client.raws:  # type: ignore[attr-defined]
+            raw.writer.transport.abort()
     for server in servers:
         await server.close()
 
@@ -219,7 +221,9 @@ class RawClient:
 
     @classmethod
     async def connect(cls, client: httpx2.AsyncClient) -> RawClient:
-        return cls(*await asyncio.open_connection("127.0.0.1", client.base_url.port))
+        raw = cls(*await asyncio.open_connection("127.0.0.1", client.base_url.port))
+        client.raws.append(raw)  # type: ignore[attr-defined]
+        return raw
 
     def send(self, head: str, body: bytes = b"") -> None:
         self.writer.write(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)

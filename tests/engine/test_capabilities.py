@@ -1,0 +1,86 @@
+"""Each claim rests on the file, and is made only where this engine keeps it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.capabilities import CapabilityClaim, detect
+from engine.model_info import read_model_info
+from infsvc.types import Capability
+from tests.tiny_models import CHATML, write_tiny_model
+
+
+def claims(path: Path) -> dict[Capability, CapabilityClaim]:
+    found = detect(read_model_info(path))
+    assert [claim.capability for claim in found] == list(Capability)
+    assert all(claim.evidence for claim in found)
+    return {claim.capability: claim for claim in found}
+
+
+def test_a_generative_model(tiny_model: Path) -> None:
+    found = claims(tiny_model)
+    assert found[Capability.TEXT_GENERATION].present
+    assert found[Capability.TEXT_GENERATION].evidence == "causal attention (llama), no pooling type"
+    assert not found[Capability.REASONING].present
+    assert not found[Capability.TOOL_CALLING].present
+    assert found[Capability.TOOL_CALLING].evidence == "the chat template has no place for tools"
+
+
+@pytest.mark.parametrize("capability", [Capability.EMBEDDINGS, Capability.GRAMMAR_CONSTRAINED, Capability.TOOL_CALLING])
+def test_what_this_version_does_not_serve_is_not_claimed(tmp_path: Path, capability: Capability) -> None:
+    template = CHATML + "{% if tools %}{{ tools | tojson }}{% endif %}"
+    claim = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=template))[capability]
+    assert not claim.present
+    assert "not served by this version" in claim.evidence
+
+
+def test_an_embedding_model_claims_no_text(tmp_path: Path) -> None:
+    found = claims(write_tiny_model(tmp_path / "m.gguf", pooling=1, special=("<think>",), chat_template="tools <think>"))
+    assert not found[Capability.TEXT_GENERATION].present
+    assert found[Capability.TEXT_GENERATION].evidence == "pooling type mean"
+    assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type mean")
+    assert not found[Capability.REASONING].present
+    assert not found[Capability.TOOL_CALLING].present
+
+
+def test_an_unknown_pooling_type_is_an_embedding_model_too(tiny_model: Path, tmp_path: Path) -> None:
+    import gguf
+
+    from tests.engine.gguf_files import rewrite
+
+    path = rewrite(tiny_model, tmp_path / "m.gguf", {"llama.pooling_type": (gguf.GGUFValueType.UINT32, 77)})
+    assert not claims(path)[Capability.TEXT_GENERATION].present
+
+
+def test_attention_that_is_not_causal(tiny_model: Path, tmp_path: Path) -> None:
+    import gguf
+
+    from tests.engine.gguf_files import rewrite
+
+    path = rewrite(tiny_model, tmp_path / "m.gguf", {"llama.attention.causal": (gguf.GGUFValueType.BOOL, False)})
+    claim = claims(path)[Capability.TEXT_GENERATION]
+    assert (claim.present, claim.evidence) == (False, "attention is not causal")
+
+
+def test_reasoning_by_a_token(tmp_path: Path) -> None:
+    claim = claims(write_tiny_model(tmp_path / "m.gguf", special=("<think>", "</think>")))[Capability.REASONING]
+    assert (claim.present, claim.evidence) == (True, "<think> is a token of the vocabulary")
+
+
+def test_reasoning_by_the_template(tmp_path: Path) -> None:
+    claim = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=CHATML + "<think>"))[Capability.REASONING]
+    assert (claim.present, claim.evidence) == (True, "the chat template writes <think>")
+
+
+def test_a_form_of_reasoning_that_is_not_told_apart_is_named_and_not_claimed(tmp_path: Path) -> None:
+    claim = claims(write_tiny_model(tmp_path / "m.gguf", special=("<|channel|>",)))[Capability.REASONING]
+    assert not claim.present
+    assert "<|channel|>" in claim.evidence
+
+
+def test_no_template(tmp_path: Path) -> None:
+    found = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=None))
+    assert found[Capability.TEXT_GENERATION].present
+    assert found[Capability.TOOL_CALLING].evidence == "no chat template"
