@@ -108,7 +108,7 @@ class HttpServer:
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=10**6,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             backlog=_BACKLOG,
             ssl_certfile=self._tls[0] if self._tls else None,
             ssl_keyfile=self._tls[1] if self._tls else None,
