@@ -62,6 +62,8 @@ class Wire(BaseModel):
 class Params(Wire):
     """How to sample. Meanings, order and defaults are llama.cpp's, where the contract names no other default."""
 
+    model_config = ConfigDict(strict=True)
+
     max_tokens: Annotated[int, Field(ge=1)] = 512
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.7
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.95
@@ -80,6 +82,8 @@ class Params(Wire):
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
         return (value,) if isinstance(value, str) else () if value is None else value
 
     @field_validator("stop")
@@ -91,7 +95,9 @@ class Params(Wire):
 
 
 class CompletionRequest(Wire):
-    """The native request."""
+    """The native request. Strict: a number in quotes or a true for a 1 is refused, not guessed at."""
+
+    model_config = ConfigDict(strict=True)
 
     req_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     trace_id: Annotated[str, Field(max_length=200)] | None = None

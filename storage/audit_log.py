@@ -11,6 +11,7 @@ import asyncio
 import logging
 import sqlite3
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _ROW_FAULTS = (
 )
 _BATCH_S = 0.02
 _RETRY_S = 1.0
+_READ_WAIT_S = 0.5
 
 # Applied in order; `user_version` says how many a file has. Never edit one that was released: add another.
 _MIGRATIONS = (
@@ -191,10 +193,10 @@ async def _prepare(db: aiosqlite.Connection) -> None:
 
 
 class AuditReader:
-    """Reads audit files, each query over its own read-only connection."""
+    """Reads audit files, each query over its own read-only connection, after what was recorded before it."""
 
-    def __init__(self, paths: dict[str, Path]) -> None:
-        self._paths = paths
+    def __init__(self, logs: dict[str, AuditLog]) -> None:
+        self._logs = logs
 
     async def rows(
         self, model: str, *, limit: int, status: str | None = None, since: float | None = None
@@ -213,7 +215,11 @@ class AuditReader:
         )
 
     async def _query(self, model: str, sql: str, values: list[Any]) -> list[dict[str, Any]]:
-        path = self._paths[model]
+        log_of_model = self._logs[model]
+        path = log_of_model.path
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READ_WAIT_S):
+                await log_of_model.flush()
         if not path.is_file():
             return []
         async with aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as db:

@@ -93,7 +93,7 @@ class Node:
         self._audits = {name: AuditLog(home.root / worker.db_path) for name, worker in workers.items()}
         self._state = NodeState(home.root / "data/run/state.json")
         self._scheme = "https" if settings.tls_cert else "http"
-        self.logs = AuditReader({name: audit.path for name, audit in self._audits.items()})
+        self.logs = AuditReader(self._audits)
         self.fleet = Fleet(
             home,
             workers,

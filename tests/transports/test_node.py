@@ -173,6 +173,10 @@ async def test_a_client_that_leaves_in_prefill_stops_it(node: Node, http: httpx2
         ({"input": 7}, 400, "bad_request", "input"),
         ({"input": "x", "prompt": "y"}, 400, "bad_request", "input"),
         ({"input": "x", "surprise": 1}, 400, "bad_request", "surprise"),
+        ({"input": "x", "reply_to": "a.b"}, 400, "unsupported", "reply_to"),
+        ({"input": "x", "params": {"max_tokens": "5"}}, 400, "bad_request", "params.max_tokens"),
+        ({"input": "x", "params": {"seed": True}}, 400, "bad_request", "params.seed"),
+        ({"input": "x", "params": {"stop": ["a", 1]}}, 400, "bad_request", "params.stop.1"),
         ({"input": "x", "params": {"max_tokens": 0}}, 400, "bad_request", "params.max_tokens"),
         ({"input": "x", "params": {"temperature": -1}}, 400, "bad_request", "params.temperature"),
         (b'{"input": "x", "params": {"temperature": NaN}}', 400, "bad_request", None),
@@ -360,3 +364,11 @@ async def test_http_goes_on_without_the_broker_and_nats_comes_back(home: Path) -
             assert json.loads(answer.data)["tokens_out"] == 1
         finally:
             await client.close()
+
+
+async def test_the_log_shows_a_request_as_soon_as_it_is_answered(http: httpx2.AsyncClient) -> None:
+    for number in range(20):
+        body = {"req_id": f"r{number}", "input": "x", "params": {"max_tokens": 1}}
+        await http.post("/v1/completions", json=body)
+        newest = (await http.get("/logs", params={"model": "tiny", "limit": 1})).json()["rows"][0]
+        assert newest["req_id"] == f"r{number}"

@@ -14,12 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from engine.capabilities import CapabilityClaim, detect
+from engine.capabilities import CapabilityClaim
 from engine.model_info import ModelInfo
 from infsvc.errors import UnknownModel
 from infsvc.events import Event, EventBus, LogLine, ModelStateChanged, RequestFinished
 from infsvc.settings import WorkerSettings
-from infsvc.types import CompletionReply, FinishReason, ModelState, backpressure_level
+from infsvc.types import Capability, CompletionReply, FinishReason, ModelState, backpressure_level
 from tui.app import InfsvcApp
 
 NOW = datetime(2026, 3, 14, 14, 7, 31, tzinfo=UTC)
@@ -110,7 +110,19 @@ class SampleWorker:
         return backpressure_level(self.n_waiting, threshold=threshold, capacity=capacity)
 
     def learn(self, info: ModelInfo) -> Self:
-        self.info, self.claims = info, detect(info)
+        self.info = info
+        template = info.chat_template or ""
+        told = {
+            Capability.TEXT_GENERATION: (info.causal, f"causal attention ({info.architecture}), no pooling type"),
+            Capability.EMBEDDINGS: (True, "no pooling type: mean of hidden states"),
+            Capability.REASONING: ("think" in template, "the chat template writes <think>, or would if it could think"),
+            Capability.TOOL_CALLING: (
+                "tools" in template,
+                "the chat template lists tools, where it has a place for them",
+            ),
+            Capability.GRAMMAR_CONSTRAINED: (info.causal, "any model that generates text"),
+        }
+        self.claims = tuple(CapabilityClaim(capability, *told[capability]) for capability in Capability)
         return self
 
 

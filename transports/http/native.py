@@ -112,6 +112,8 @@ def _validated(body: dict[str, Any]) -> CompletionRequest:
         raise Unsupported("prompt", "OpenAI's shape is not served by this version; send the text as input")
     if "input" not in body:
         raise BadRequest("the body has no input: send the text as input", param="input")
+    if "reply_to" in body:
+        raise Unsupported("reply_to", "over HTTP the response is the answer; over NATS a copy goes there")
     try:
         return CompletionRequest.model_validate(body)
     except ValidationError as error:

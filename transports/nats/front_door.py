@@ -155,10 +155,12 @@ class FrontDoor:
                 exchange.targets.append(subject)
 
     async def _stream(self, generation: Generation, subject: str) -> None:
+        index = 0
         async for chunk in generation:
             if chunk.text:
-                event = CompletionChunk(req_id=generation.req_id, index=chunk.index, text=chunk.text)
+                event = CompletionChunk(req_id=generation.req_id, index=index, text=chunk.text)
                 await self._bus.publish(subject, encode(event.model_dump()))
+                index += 1
 
     async def _answer(self, exchange: _Exchange, answer: dict[str, Any]) -> None:
         model = exchange.worker.name

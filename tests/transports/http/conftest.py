@@ -97,7 +97,7 @@ class ScriptedNode:
         self.bus = SimpleNamespace(state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None))
         workers = {name: WorkerSettings(model_name=name, queue_max_msgs=3, worker_concurrency=2) for name in MODELS}
         self.audits = {name: AuditLog(folder / f"{name}.sqlite") for name in workers}
-        self.logs = AuditReader({name: audit.path for name, audit in self.audits.items()})
+        self.logs = AuditReader(self.audits)
         self.fleet = Fleet(
             Home(folder, folder),
             workers,

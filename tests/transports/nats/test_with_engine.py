@@ -75,7 +75,7 @@ async def test_the_reply_is_the_answer_and_a_row(client: Client, fleet: Fleet) -
     audit = fleet.get("tiny-v1.5").audit
     assert isinstance(audit, AuditLog)
     await audit.flush()
-    rows = await AuditReader({"m": audit.path}).rows("m", limit=10)
+    rows = await AuditReader({"m": audit}).rows("m", limit=10)
     assert {(row["req_id"], row["source"], row["status"]) for row in rows} == {
         ("r1", "nats", "ok"),
         ("r2", "nats", "ok"),
