@@ -18,24 +18,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.counters import EngineCounters
 from engine.llama import (
     DECODE_ABORTED,
     DECODE_OK,
     Batch,
     LlamaContext,
-    LlamaError,
     LlamaModel,
     SamplerChain,
     supports_gpu,
 )
-from engine.sampling import Penalties
-from engine.scheduler import Scheduler, Share
+from engine.penalties import Penalties
+from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
-from infsvc.errors import LoadError
+from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
-
-N_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +54,6 @@ class EngineOptions:
     n_threads: int = 0
     n_gpu_layers: int = -1
     use_extra_bufts: bool = True
-
-
-@dataclass
-class EngineCounters:
-    """What the engine did since it was loaded. Written by its thread, read by anyone."""
-
-    n_steps: int = 0
-    n_decode_tokens: int = 0
-    n_prefill_tokens: int = 0
-    n_batch_sequences: int = 0
-    max_batch_sequences: int = 0
-    n_finished: int = 0
-    n_cancelled: int = 0
-
-    @property
-    def mean_batch_sequences(self) -> float:
-        """Sequences that drew a token in one decode, on average."""
-        return self.n_batch_sequences / self.n_steps if self.n_steps else 0.0
 
 
 class Engine:

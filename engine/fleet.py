@@ -6,6 +6,7 @@ Loop thread. Headers, templates and the probe run in a small pool; a model's wei
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from engine import memory_fit
-from engine.engine import N_BATCH, Engine, EngineOptions
 from engine.model_info import ModelInfo, read_model_info
 from engine.probe import probe
 from engine.prompt import load_prompt_format
+from engine.scheduler import N_BATCH
 from engine.worker import Worker
 from infsvc.audit import AuditSink
 from infsvc.errors import LoadError, UnknownModel
@@ -219,11 +220,13 @@ class Fleet:
                 self._failed(worker, reason)
 
         may_repack = await self._may_repack()
+        # Imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first frame need not wait.
+        room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.engine")
         if worker.name in self._stopping:
             raise LoadError("the load was stopped")
-        engine = Engine(
+        engine = room.Engine(
             worker.name,
-            EngineOptions(
+            room.EngineOptions(
                 path=worker.path,
                 n_ctx=worker.n_ctx,
                 n_slots=worker.n_slots,

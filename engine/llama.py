@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from engine.model_info import read_model_info
 from engine.sampling import SamplerSpec
-from infsvc.errors import LoadError
+from infsvc.errors import LlamaError, LoadError
 
 lib.llama_log_set(lib.llama_log_callback(0), ctypes.c_void_p(0))
 lib.llama_backend_init()
@@ -40,10 +40,6 @@ _FLASH_ATTN_OFF, _FLASH_ATTN_ON = 0, 1
 # for "1" and 0 for "0", and ggml reads the answer as a bool.
 _C = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
 _ABORT = ctypes.cast(_C.atoi, lib.ggml_abort_callback)
-
-
-class LlamaError(Exception):
-    """A call that llama.cpp would have answered with an abort, or did answer with a failure."""
 
 
 def supports_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""What one request asks of the sampler, and the penalties, which are ours because they touch few ids.
+"""What one request asks of the sampler.
 
 The order is llama.cpp's (`common_sampler_init`): penalties, top_k, top_p, min_p, temperature, draw. A temperature of 0 is an argmax.
 """
@@ -6,11 +6,7 @@ The order is llama.cpp's (`common_sampler_init`): penalties, top_k, top_p, min_p
 from __future__ import annotations
 
 import secrets
-from collections import Counter, deque
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from infsvc.types import Params
 
@@ -58,34 +54,3 @@ class SamplerSpec:
         return self.repeat_last_n > 0 and (
             self.repeat_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
         )
-
-
-class Penalties:
-    """The last `repeat_last_n` tokens of a sequence and what they cost, as llama.cpp's penalties sampler counts them."""
-
-    def __init__(self, spec: SamplerSpec) -> None:
-        self._spec = spec
-        self._window: deque[int] = deque()
-        self._counts: Counter[int] = Counter()
-
-    def accept(self, token: int) -> None:
-        """Notes a token, of the prompt or drawn."""
-        self._window.append(token)
-        self._counts[token] += 1
-        if len(self._window) > self._spec.repeat_last_n:
-            old = self._window.popleft()
-            if self._counts[old] == 1:
-                del self._counts[old]
-            else:
-                self._counts[old] -= 1
-
-    def apply(self, logits: npt.NDArray[np.float32]) -> None:
-        """Changes `logits` (n_vocab,) in place: at most `repeat_last_n` distinct ids are touched."""
-        if not self._counts:
-            return
-        ids = np.fromiter(self._counts.keys(), dtype=np.int64, count=len(self._counts))
-        counts = np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
-        spec = self._spec
-        values: npt.NDArray[np.float32] = logits[ids]
-        values = np.where(values <= 0, values * spec.repeat_penalty, values / spec.repeat_penalty)
-        logits[ids] = values - (counts * spec.frequency_penalty + spec.presence_penalty)

@@ -15,7 +15,6 @@ from typing import Any
 
 from engine.fleet import Fleet
 from engine.generation import Generation
-from engine.llama import LlamaError
 from engine.prompt import Tool
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
@@ -27,6 +26,7 @@ from infsvc.errors import (
     ContextLengthExceeded,
     Draining,
     EngineFailed,
+    LlamaError,
     ModelNotLoaded,
     QueueFull,
     RequestError,

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.capabilities import CapabilityClaim, detect
-from engine.engine import Engine, EngineCounters
+from engine.counters import EngineCounters
 from engine.generation import Generation
 from engine.model_info import ModelInfo
 from engine.output import ReasoningParser
@@ -37,6 +37,9 @@ from infsvc.types import (
     backpressure_level,
     human_count,
 )
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
 
 
 def timestamp(ts: float | None) -> str | None:

@@ -4,6 +4,7 @@
     ├── ConfigError              a worker file or a setting is wrong: file, line, key
     ├── HomeError                the home folder cannot be used or is another node's
     ├── StartError               a port is taken, a broker does not start
+    ├── LlamaError               a call that llama.cpp would have answered with an abort
     ├── LoadError                a model file cannot become a running model
     │   ├── ModelFileError       missing, truncated, not a GGUF
     │   └── MemoryFitError       would not fit into memory
@@ -52,6 +53,10 @@ class HomeError(InfsvcError):
 
 class StartError(InfsvcError):
     """The node could not start one of its parts."""
+
+
+class LlamaError(InfsvcError):
+    """A call that llama.cpp would have answered with an abort, or did answer with a failure."""
 
 
 class LoadError(InfsvcError):

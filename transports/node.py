@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -27,12 +28,13 @@ from infsvc.home import Home, HomeLock
 from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
 from storage.audit_log import AuditLog, AuditReader
 from storage.node_state import NodeState
-from transports.http.app import build_app
-from transports.http.server import HttpServer
 from transports.logs import NodeLog
 from transports.nats.bus import Bus
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
+
+if TYPE_CHECKING:
+    from transports.http.server import HttpServer
 
 log = logging.getLogger("infsvc.node")
 
@@ -134,8 +136,7 @@ class Node:
             self._note("startup", f"infsvc {__version__} starts as {self.name} in {self.home.root}")
             exits.push_async_callback(self.fleet.close)
             # Ports first: a taken one ends the start before any model is read.
-            self._gateway = HttpServer(build_app(self, None), self.settings.gateway_address, tls=self._tls)
-            await self._gateway.start()
+            self._gateway = await self._listen(None, self.settings.gateway_address)
             exits.push_async_callback(self._gateway.close)
             exits.push_async_callback(self._close_ports)
             for name in self._chosen:
@@ -212,10 +213,18 @@ class Node:
         check_open(self.settings, bound.host, key="HTTP_ADDR")
         others = [self.fleet.get(name).settings for name in self._servers]
         check_ports([*others, worker.settings], self.settings)
-        server = HttpServer(build_app(self, worker.name), bound, tls=self._tls)
-        await server.start()
+        server = await self._listen(worker.name, bound)
         self._servers[worker.name] = server
         worker.endpoint = f"{self._scheme}://{Address(_reachable(bound.host), server.port)}"
+
+    async def _listen(self, model: str | None, address: Address) -> HttpServer:
+        # Imported here so that the first frame need not wait for it.
+        from transports.http.app import build_app
+        from transports.http.server import HttpServer
+
+        server = HttpServer(build_app(self, model), address, tls=self._tls)
+        await server.start()
+        return server
 
     async def _close_ports(self) -> None:
         servers, self._servers = list(self._servers.values()), {}

@@ -50,9 +50,9 @@ class InfsvcApp(App[int]):
     CSS_PATH = "app.tcss"
     COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {NodeCommands}
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("f1", "go('fleet')", "Fleet", show=False, priority=True, id="app.fleet", tooltip="Screen 1, Fleet (also 1)"),
-        Binding("f2", "go('chat')", "Chat", show=False, priority=True, id="app.chat", tooltip="Screen 2, Chat (also 2)"),
-        Binding("f5", "go('logs')", "Logs", show=False, priority=True, id="app.logs", tooltip="Screen 5, Logs (also 5)"),
+        Binding("f1", "go('fleet')", show=False, priority=True, id="app.fleet", tooltip="Fleet (also 1)"),
+        Binding("f2", "go('chat')", show=False, priority=True, id="app.chat", tooltip="Chat (also 2)"),
+        Binding("f5", "go('logs')", show=False, priority=True, id="app.logs", tooltip="Logs (also 5)"),
         Binding("1", "go('fleet')", show=False, id="app.fleet.digit"),
         Binding("2", "go('chat')", show=False, id="app.chat.digit"),
         Binding("5", "go('logs')", show=False, id="app.logs.digit"),
@@ -108,6 +108,8 @@ class InfsvcApp(App[int]):
         if self._exit:
             return
         if isinstance(event, ModelStateChanged) and event.state is ModelState.FAILED:
+            if self.current_mode == "fleet":
+                return  # it stands there, with its reason
             self._warn(f"{event.model} failed", event.reason or "")
         elif isinstance(event, BrokerStateChanged) and event.state == "down":
             self.log.warning(f"broker down: {event.reason}")

@@ -41,6 +41,6 @@ async def _run(node: Node) -> int:
     from tui.app import InfsvcApp
 
     screen = InfsvcApp(node)
-    on_stop(asyncio.get_running_loop(), screen.exit)
+    on_stop(asyncio.get_running_loop(), screen.shut_down)
     await screen.run_async()
     return screen.return_code or 0

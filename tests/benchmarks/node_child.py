@@ -35,7 +35,7 @@ async def run(mode: str, model: str, result: Path) -> None:
         from tui.app import InfsvcApp
 
         screen = InfsvcApp(node)
-        on_stop(asyncio.get_running_loop(), screen.exit)
+        on_stop(asyncio.get_running_loop(), screen.shut_down)
         await screen.run_async()
     else:
         stop = asyncio.Event()

@@ -110,7 +110,13 @@ def test_a_dumb_terminal_is_told_of_serve(terminal: Callable[..., Terminal]) -> 
 
 def test_no_terminal_is_told_of_serve(environ: dict[str, str]) -> None:
     told = subprocess.run(
-        COMMAND, cwd=ROOT, env=os.environ | environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+        COMMAND,
+        cwd=ROOT,
+        env=os.environ | environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert told.returncode == 1
     assert "infsvc serve" in told.stderr

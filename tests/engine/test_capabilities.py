@@ -37,7 +37,9 @@ def test_what_this_version_does_not_serve_is_not_claimed(tmp_path: Path, capabil
 
 
 def test_an_embedding_model_claims_no_text(tmp_path: Path) -> None:
-    found = claims(write_tiny_model(tmp_path / "m.gguf", pooling=1, special=("<think>",), chat_template="tools <think>"))
+    found = claims(
+        write_tiny_model(tmp_path / "m.gguf", pooling=1, special=("<think>",), chat_template="tools <think>")
+    )
     assert not found[Capability.TEXT_GENERATION].present
     assert found[Capability.TEXT_GENERATION].evidence == "pooling type mean"
     assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type mean")

@@ -464,4 +464,3 @@ async def test_a_waiting_task_that_is_cancelled_does_not_disturb_the_load(tiny_m
     engine.close()
     assert await asyncio.to_thread(engine.join, 20.0)
     assert died == []
-

@@ -41,14 +41,17 @@ def test_the_facts_of_a_model(tiny_model: Path) -> None:
     assert 0 < info.weight_bytes < info.file_bytes
 
 
-@pytest.mark.parametrize(("number", "name"), [(0, None), (1, "mean"), (2, "cls"), (3, "last"), (4, "rank"), (99, "type 99")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(0, None), (1, "mean"), (2, "cls"), (3, "last"), (4, "rank"), (99, "type 99")]
+)
 def test_the_pooling_type(tiny_model: Path, tmp_path: Path, number: int, name: str | None) -> None:
     path = rewrite(tiny_model, tmp_path / "m.gguf", {"llama.pooling_type": (U32, number)})
     assert read_model_info(path).pooling == name
 
 
 @pytest.mark.parametrize(
-    ("architecture", "family"), [("gemma3", "gemma"), ("qwen3", "qwen"), ("gpt-oss", "gpt"), ("nomic-bert", "nomic"), ("99", "99")]
+    ("architecture", "family"),
+    [("gemma3", "gemma"), ("qwen3", "qwen"), ("gpt-oss", "gpt"), ("nomic-bert", "nomic"), ("99", "99")],
 )
 def test_the_family_is_the_architecture_without_its_version(tiny_model: Path, architecture: str, family: str) -> None:
     import dataclasses
@@ -141,7 +144,9 @@ def test_an_impossible_alignment_is_refused(tiny_model: Path, tmp_path: Path, al
     kind, value = alignment
     value_bytes = text(value) if kind == TEXT else struct.pack(packed[kind], value)
     (n_pairs,) = struct.unpack_from("<Q", data, 16)
-    path.write_bytes(data[:16] + struct.pack("<Q", n_pairs + 1) + pair("general.alignment", int(kind), value_bytes) + data[24:])
+    path.write_bytes(
+        data[:16] + struct.pack("<Q", n_pairs + 1) + pair("general.alignment", int(kind), value_bytes) + data[24:]
+    )
     with pytest.raises(ModelFileError, match="damaged"):
         read_model_info(path)
 

@@ -37,7 +37,10 @@ def test_what_template_authors_expect() -> None:
     assert rendered("{% if enable_thinking %}think{% endif %}", think=True) == "think"
     assert rendered("{% if tools %}tools{% else %}none{% endif %}") == "none"
     assert rendered("{% for m in messages %}{{ loop.index }}{% break %}{% endfor %}") == "1"
-    assert rendered("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}") == "1"
+    assert (
+        rendered("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}")
+        == "1"
+    )
     assert rendered("{{ messages[0]['content'].split('l') | join('L') }}") == "heLLo"
     assert rendered("{{ messages[0].content is string and messages[0].name is not defined }}") == "True"
     assert rendered("{% for i in range(3) %}{{ i }}{% endfor %}{{ 2 * 3 }}{{ 'a' ~ 1 }}") == "0126a1"
@@ -129,10 +132,14 @@ def test_each_rendering_may_loop_anew() -> None:
 
 def test_a_prompt_without_bound_is_refused() -> None:
     with pytest.raises(BadRequest, match="too long"):
-        rendered("{% for i in range(9) %}{{ messages[0].content }}{% endfor %}", (Message(role="user", content="x" * 2**21),))
+        rendered(
+            "{% for i in range(9) %}{{ messages[0].content }}{% endfor %}", (Message(role="user", content="x" * 2**21),)
+        )
 
 
-@pytest.mark.parametrize("broken", ["{% if %}", "{{ a b }}", "{% for %}", "{% nothing %}", "{{ x | no_such_filter }}", "{{" * 30])
+@pytest.mark.parametrize(
+    "broken", ["{% if %}", "{{ a b }}", "{% for %}", "{% nothing %}", "{{ x | no_such_filter }}", "{{" * 30]
+)
 def test_a_template_that_does_not_compile_names_the_way_out(broken: str) -> None:
     with pytest.raises(LoadError, match=TEMPLATE_FILE):
         JinjaTemplate(broken, bos="", eos="")

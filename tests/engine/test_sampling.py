@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from engine.llama import Batch, LlamaContext, LlamaModel, SamplerChain
-from engine.sampling import Penalties, SamplerSpec
+from engine.penalties import Penalties
+from engine.sampling import SamplerSpec
 from infsvc.types import Params
 from tests.engine.parts import spec
 
@@ -142,5 +143,10 @@ def test_each_filter_alone_can_leave_one_token(drawn, narrow: dict[str, float]) 
 
 
 def test_the_most_extreme_parameters_that_are_allowed_do_not_abort(drawn) -> None:  # type: ignore[no-untyped-def]
-    for extreme in ({"temperature": 1.1e-6}, {"top_k": 2**31 - 1}, {"top_p": 1e-300, "min_p": 1e-300}, {"temperature": 2.0}):
+    for extreme in (
+        {"temperature": 1.1e-6},
+        {"top_k": 2**31 - 1},
+        {"top_p": 1e-300, "min_p": 1e-300},
+        {"temperature": 2.0},
+    ):
         assert len(drawn(n=3, **{"seed": 1, "temperature": 1.0} | extreme)) == 3

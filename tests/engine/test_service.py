@@ -94,7 +94,10 @@ async def test_messages_are_rendered_and_kept_as_json(node: Node) -> None:
     await node.service.complete(ask(None, messages=talk))
     row = node.sinks["a"].rows[0]
     assert json.loads(row.raw_input) == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "é"}]
-    assert row.formatted_input == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        row.formatted_input
+        == "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 async def test_raw_reaches_the_model_as_it_is(node: Node) -> None:
@@ -202,7 +205,9 @@ async def test_those_whose_prompt_is_being_read_count_too(node: Node) -> None:
 
 
 async def test_a_prompt_longer_than_the_context_names_both_counts(node: Node) -> None:
-    with pytest.raises(ContextLengthExceeded, match="the prompt has 256 tokens and the context of one sequence is 256") as caught:
+    with pytest.raises(
+        ContextLengthExceeded, match="the prompt has 256 tokens and the context of one sequence is 256"
+    ) as caught:
         await node.service.submit(ask("x" * 256, raw=True))
     assert (caught.value.n_prompt_tokens, caught.value.n_ctx) == (256, 256)
     row = node.sinks["a"].rows[0]
@@ -210,7 +215,7 @@ async def test_a_prompt_longer_than_the_context_names_both_counts(node: Node) ->
     assert (await node.service.complete(ask("x" * 255, raw=True))).tokens_out == 1
 
 
-@pytest.mark.parametrize("field", [{"grammar": "root ::= \"x\""}, {"json_schema": {"type": "object"}}])
+@pytest.mark.parametrize("field", [{"grammar": 'root ::= "x"'}, {"json_schema": {"type": "object"}}])
 async def test_a_grammar_is_not_supported_yet(node: Node, field: dict[str, Any]) -> None:
     with pytest.raises(Unsupported, match=f"params.{next(iter(field))} is not supported") as caught:
         await node.service.submit(ask(params=field))
@@ -335,11 +340,15 @@ async def test_one_id_twice_is_two_requests(node: Node, monkeypatch: pytest.Monk
 
 
 async def test_an_engine_that_dies_is_told_to_all_and_leaves_rows(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
     def fail(*_: object) -> int:
+        assert go.wait(60)
         raise ForcedFault("forced")
 
     monkeypatch.setattr(LlamaContext, "decode", fail)
     generations = [await node.service.submit(ask()) for _ in range(3)]
+    go.set()
     with pytest.raises(EngineFailed, match="forced"):
         await generations[0].result()
     with pytest.raises(EngineFailed, match="forced"):
@@ -413,7 +422,12 @@ async def test_the_documents_of_a_loaded_model(node: Node, monkeypatch: pytest.M
     gate = Gate(monkeypatch)
     waiting = [await node.service.submit(ask()) for _ in range(3)]
     health = worker.health()
-    assert (health.model_name, health.status, health.node, health.endpoint) == ("a", "online", "here", "http://127.0.0.1/a")
+    assert (health.model_name, health.status, health.node, health.endpoint) == (
+        "a",
+        "online",
+        "here",
+        "http://127.0.0.1/a",
+    )
     assert health.nats_topic == "inference.request.a"
     assert health.capabilities == ["text-generation"]
     assert health.model_info is not None
@@ -432,7 +446,12 @@ async def test_the_documents_of_a_loaded_model(node: Node, monkeypatch: pytest.M
     assert (metrics.last_processed_time or "").endswith("Z")
     assert health.backpressure_status.model_dump() == {"level": "healthy", "utilization": 0.5, "threshold": 5}
     report = worker.report()
-    assert (report.pending_messages, report.active_processing, report.worker_count, report.status) == (1, 2, 2, "healthy")
+    assert (report.pending_messages, report.active_processing, report.worker_count, report.status) == (
+        1,
+        2,
+        2,
+        "healthy",
+    )
     gate.open()
     for each in waiting:
         await each.result()

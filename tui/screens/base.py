@@ -10,11 +10,12 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen, Screen
-from textual.widgets import Footer, Static
+from textual.widgets import Static
 
 from tui.context import Context
 from tui.terminal import MIN_COLUMNS, MIN_ROWS
 from tui.widgets.header import StatusHeader
+from tui.widgets.key_line import KeyLine
 from tui.widgets.tab_line import TabLine
 
 Result = TypeVar("Result")
@@ -59,7 +60,7 @@ class NodeScreen(Screen[None]):
         yield TabLine(self.NAME)
         with Vertical(classes="body"):
             yield from self.compose_body()
-        yield Footer(show_command_palette=False)
+        yield KeyLine()
         yield TooSmall()
 
     def compose_body(self) -> ComposeResult:

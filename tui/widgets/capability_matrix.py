@@ -7,6 +7,7 @@ of twenty.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import islice
@@ -15,8 +16,8 @@ from typing import Any
 from rich.text import Text
 from textual.binding import Binding
 from textual.coordinate import Coordinate
+from textual.timer import Timer
 from textual.widgets import DataTable
-from textual.widgets.data_table import RowDoesNotExist
 
 from infsvc.types import Capability
 from tui.messages import DetailRequested, ModelHighlighted
@@ -54,6 +55,7 @@ _GROUPS = (
     ("load",),
     ("arch",),
 )
+ROWS_AT_ONCE = 50
 _MODEL_WIDTH_MAX, _LOAD_WIDTH_MAX = 32, 12
 SORTS = ("name", "state", "queue", "tok/s", "params")
 _STATE_ORDER = ("●", "◐", "◌", "✕", "○")
@@ -113,6 +115,9 @@ class CapabilityMatrix(DataTable[Text]):
         self._widths: dict[str, int] = {}
         self._shown: dict[str, tuple[Any, ...]] = {}
         self._palette: Palette | None = None
+        self._coming: deque[WorkerView] = deque()
+        self._was_chosen: str | None = None
+        self._filling: Timer | None = None
         self.filter_text = ""
         self.sort_by = SORTS[0]
 
@@ -144,7 +149,8 @@ class CapabilityMatrix(DataTable[Text]):
             return
         # One cell stays free for the scrollbar, so that it does not change the columns when it comes.
         widths = layout(self.size.width - 1)
-        if widths != self._widths or (not self.filter_text and self.row_count != len(self._workers)):
+        n_rows = self.row_count + len(self._coming)
+        if widths != self._widths or (not self.filter_text and n_rows != len(self._workers)):
             self.rebuild()
             return
         # Only rows in sight are compared; one that is scrolled into sight is so on the next look.
@@ -174,25 +180,33 @@ class CapabilityMatrix(DataTable[Text]):
             heading, _, right = _COLUMNS[key]
             self.add_column(Text(heading.rjust(width) if right else heading), width=width + 1, key=key)
         self._shown = {}
-        for worker in self._ordered():
-            facts = self._facts(worker)
-            self._shown[worker.name] = facts
-            self.add_row(
-                *(self._text(key, fact) for key, fact in zip(self._widths, facts, strict=True)), key=worker.name
-            )
-        if chosen is not None:
-            try:
-                self.move_cursor(row=self.get_row_index(chosen), animate=False)
-            except RowDoesNotExist:
-                self.post_message(ModelHighlighted(self.chosen))
-        elif not self.row_count:
+        self._coming = deque(self._ordered())
+        self._was_chosen = chosen
+        self._add_some()
+        if not self.row_count:
             self.post_message(ModelHighlighted(None))
+
+    def _add_some(self) -> None:
+        """Adds the next rows; DataTable measures each cell of new rows, so thousands at once would stop the screen."""
+        for _ in range(min(ROWS_AT_ONCE, len(self._coming))):
+            worker = self._coming.popleft()
+            facts = self._shown[worker.name] = self._facts(worker)
+            cells = [self._text(key, fact) for key, fact in zip(self._widths, facts, strict=True)]
+            self.add_row(*cells, key=worker.name)
+        if self._was_chosen in self._shown and self._was_chosen is not None:
+            self.move_cursor(row=self.get_row_index(self._was_chosen), animate=False)
+            self._was_chosen = None
+        if self._filling is not None:
+            self._filling.stop()
+            self._filling = None
+        if self._coming:
+            self._filling = self.set_timer(0.1, self._add_some, name="fill-matrix")
 
     def resort(self) -> None:
         """Puts the rows into the order of `sort_by` as things are now; the cursor stays on its model."""
         rank = {worker.name: index for index, worker in enumerate(self._ordered())}
         names = [row.key.value or "" for row in self.ordered_rows]
-        if names != sorted(names, key=lambda name: rank.get(name, len(rank))):
+        if not self._coming and names != sorted(names, key=lambda name: rank.get(name, len(rank))):
             self.rebuild()
 
     def _ordered(self) -> Iterable[WorkerView]:

@@ -16,7 +16,7 @@ class TabLine(Horizontal):
     DEFAULT_CSS = """
     TabLine {
         height: 1;
-        & > .tabs { width: auto; }
+        & > .tabs { width: auto; link-style: none; link-color: $foreground; link-background-hover: $panel; }
         & > .note { width: 1fr; text-align: right; color: $muted; padding: 0 1; }
         & > .note { text-overflow: ellipsis; text-wrap: nowrap; }
     }

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from engine.engine import EngineCounters
+from engine.counters import EngineCounters
 from engine.fleet import Fleet
 from engine.sequence import Sequence, SequenceFinished, SequenceStarted, TokenEmitted
 from engine.service import InferenceService
