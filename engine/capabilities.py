@@ -1,4 +1,5 @@
-"""What a model can do, each claim with the evidence it rests on; read from the file's header, never guessed from a name.
+"""What a model can do, each claim with the evidence it rests on; read from the file's header, never guessed from a
+name.
 
 A capability is present only when the file has it and this engine serves it, so that a claim can be relied on.
 """

@@ -1,4 +1,5 @@
-"""What an engine did since it was loaded. Apart from the engine, so that it can be shown before llama.cpp is imported."""
+"""What an engine did since it was loaded. Apart from the engine, so that it can be shown before llama.cpp is
+imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """One thread, one model: it loads, decodes every sequence in one batch a step, and frees.
 
-`Engine.step` is drain, schedule, decode, sample, deliver. Results go to the loop in one callback a step and never wait for a reader.
+`Engine.step` is drain, schedule, decode, sample, deliver. Results go to the loop in one callback a step and never wait
+for a reader.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ class Engine:
     def submit(self, sequence: Sequence) -> None:
         """Hands a sequence over; its listener hears of all that follows, of its end in any case.
 
-        The caller has checked that the prompt is not empty and fits `n_ctx`; one that does not ends as an error. Once the engine has
-        ended a sequence ends at once: as cancelled, or as an error when the engine died.
+        The caller has checked that the prompt is not empty and fits `n_ctx`; one that does not ends as an error. Once
+        the engine has ended a sequence ends at once: as cancelled, or as an error when the engine died.
         """
         with self._gate:
             if not self._ended:
@@ -140,7 +141,7 @@ class Engine:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    # -- the engine's thread ------------------------------------------------------------------------------------------------
+    # -- the engine's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         scheduler: Scheduler | None = None
@@ -190,7 +191,7 @@ class Engine:
         n_ctx = options.n_ctx or model.n_ctx_train
         if model.n_ctx_train and n_ctx > model.n_ctx_train:
             log.warning(
-                f"CTX_SIZE {n_ctx} is more than the {model.n_ctx_train} tokens the model was trained on: {model.n_ctx_train} is used",
+                f"CTX_SIZE {n_ctx} is more than the model was trained on: {model.n_ctx_train} tokens are used",
                 extra={"code": "model.context_capped", "model": self.name},
             )
             n_ctx = model.n_ctx_train
@@ -262,7 +263,8 @@ class Engine:
         ]
         rc = context.decode(batch)
         if rc == DECODE_ABORTED:
-            # Nothing of an aborted batch is kept and no sequence has moved on: the next step drops the cancelled and tries again.
+            # Nothing of an aborted batch is kept and no sequence has moved on: the next step drops the cancelled and
+            # tries again.
             return
         if rc != DECODE_OK:
             self._make_room(context, scheduler, shares)
@@ -348,7 +350,8 @@ class Engine:
         self._outbox.append(SequenceFinished(sequence, time.perf_counter(), rest, reason, error))
 
     def _end_all(self, scheduler: Scheduler | None) -> None:
-        """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half changed."""
+        """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half
+        changed."""
         with self._gate:
             self._ended = True
         left = [] if scheduler is None else [*scheduler.running, *scheduler.waiting]

@@ -89,8 +89,8 @@ class Fleet:
                 self._spawn(worker.name, self._look(worker))
 
     def load(self, name: str, *, force: bool = False) -> Worker:
-        """Begins to load; returns at once. Does nothing for a model that is loading or ready; one on its way out is loaded again
-        when it is out.
+        """Begins to load; returns at once. Does nothing for a model that is loading or ready; one on its way out is
+        loaded again when it is out.
 
         Raises:
             UnknownModel: no worker file has that name.
@@ -113,7 +113,8 @@ class Fleet:
         return self.get(name)
 
     async def unload(self, name: str, *, grace_s: float = DRAIN_S) -> None:
-        """Refuses new work, waits `grace_s` for what runs, ends the rest and frees the memory. A second call ends it at once."""
+        """Refuses new work, waits `grace_s` for what runs, ends the rest and frees the memory. A second call ends it at
+        once."""
         worker = self.get(name)
         worker.asked = False
         if worker.state is ModelState.DRAINING:
@@ -175,10 +176,6 @@ class Fleet:
             worker.learn(info)
             self._check(worker, info, force=force)
             await self._start_engine(worker, info)
-            if worker.name in self._stopping:
-                # It was ready before it heard that it should stop.
-                worker.move(ModelState.DRAINING)
-                await self._drain(worker, 0)
         except LoadError as error:
             self._not_loaded(worker, str(error))
         except Exception as error:
@@ -220,7 +217,8 @@ class Fleet:
                 self._failed(worker, reason)
 
         may_repack = await self._may_repack()
-        # Imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first frame need not wait.
+        # Imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first frame need
+        # not wait.
         room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.engine")
         if worker.name in self._stopping:
             raise LoadError("the load was stopped")
@@ -249,6 +247,9 @@ class Fleet:
                     worker.path, info.chat_template, bos=model.token_text(model.bos), eos=model.token_text(model.eos)
                 ),
             )
+            if worker.name in self._stopping:
+                # It was loaded before it heard that it should stop.
+                raise LoadError("the load was stopped")
         except BaseException:
             await self._end_engine(worker)
             raise
@@ -284,7 +285,8 @@ class Fleet:
             self._rest(worker)
 
     async def _end_engine(self, worker: Worker) -> None:
-        """Closes the engine and waits for its thread, off the loop. Prompts that are being rendered still use its vocabulary."""
+        """Closes the engine and waits for its thread, off the loop. Prompts that are being rendered still use its
+        vocabulary."""
         await worker.quiet()
         engine = worker.engine
         if engine is not None:

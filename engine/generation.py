@@ -1,7 +1,7 @@
 """One admitted request as its reader sees it: chunks as they are decoded, then the reply; and the way to stop it.
 
-Loop thread only. The sequence's events come in through `on_event`; when the last one has come, `on_done` is called once, whether
-anybody reads or not, so that each request ends with its audit row.
+Loop thread only. The sequence's events come in through `on_event`; when the last one has come, `on_done` is called
+once, whether anybody reads or not, so that each request ends with its audit row.
 """
 
 from __future__ import annotations

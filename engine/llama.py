@@ -1,8 +1,10 @@
-"""The only room that touches llama_cpp: model, context, batch, sampler chain, and a guard for each thing that would abort.
+"""The only room that touches llama_cpp: model, context, batch, sampler chain, and a guard for each thing that would
+abort.
 
-llama.cpp ends the whole process on a bad argument, so every method here checks what it hands over and raises `LlamaError` instead.
-Importing this module imports llama_cpp (some 0.3 s) and gives C's own stderr logger back, because the Python callback that llama_cpp
-installs takes the GIL for each line; `engine.native_log` keeps file descriptor 2 in a file.
+llama.cpp ends the whole process on a bad argument, so every method here checks what it hands over and raises
+`LlamaError` instead. Importing this module imports llama_cpp (some 0.3 s) and gives C's own stderr logger back, because
+the Python callback that llama_cpp installs takes the GIL for each line; `engine.native_log` keeps file descriptor 2 in
+a file.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ DECODE_OK, DECODE_NO_KV, DECODE_ABORTED = 0, 1, 2
 _POOLING_NONE = 0
 _FLASH_ATTN_OFF, _FLASH_ATTN_ON = 0, 1
 
-# The abort callback must not take the GIL in the middle of a step. C's atoi over a two-byte buffer is such a function: it answers 1
-# for "1" and 0 for "0", and ggml reads the answer as a bool.
+# The abort callback must not take the GIL in the middle of a step. C's atoi over a two-byte buffer is such a function:
+# it answers 1 for "1" and 0 for "0", and ggml reads the answer as a bool.
 _C = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
 _ABORT = ctypes.cast(_C.atoi, lib.ggml_abort_callback)
 
@@ -113,7 +115,8 @@ class LlamaModel:
         self._special_pieces: dict[int, bytes] = {}
 
     def close(self) -> None:
-        """Frees the weights, after those who are tokenising. Every context over them must be closed before; safe to call twice."""
+        """Frees the weights, after those who are tokenising. Every context over them must be closed before; safe to
+        call twice."""
         handle, self._handle = self._handle, None
         if handle:
             with self._no_users:
@@ -252,7 +255,8 @@ class Batch:
 
 
 class LlamaContext:
-    """KV cache and compute buffers for `n_slots` sequences of `n_ctx` tokens each. One thread, the engine's; `abort` from any."""
+    """KV cache and compute buffers for `n_slots` sequences of `n_ctx` tokens each. One thread, the engine's; `abort`
+    from any."""
 
     def __init__(
         self, model: LlamaModel, *, n_ctx: int, n_slots: int, n_batch: int, n_threads: int, on_gpu: bool
@@ -305,7 +309,8 @@ class LlamaContext:
         self._flag[0] = b"0"
 
     def decode(self, batch: Batch) -> int:
-        """Evaluates the batch. Returns DECODE_OK, DECODE_NO_KV or DECODE_ABORTED; after the latter two the batch may be tried again.
+        """Evaluates the batch. Returns DECODE_OK, DECODE_NO_KV or DECODE_ABORTED; after the latter two the batch may be
+        tried again.
 
         Raises:
             LlamaError: anything else; the context must not be used again.
@@ -318,14 +323,16 @@ class LlamaContext:
         if rc == DECODE_OK:
             return rc
         if rc in (DECODE_NO_KV, DECODE_ABORTED):
-            # Sequences of unequal length are evaluated in several parts, and those before the failure stay in the cache.
+            # Sequences of unequal length are evaluated in several parts, and those before the failure stay in the
+            # cache.
             for slot, start in batch.starts:
                 lib.llama_memory_seq_rm(self._memory, slot, start, -1)
             return rc
         raise LlamaError(f"llama_decode failed with {rc}: the log's lines of `llama` say why")
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
-        """The logits (n_vocab,) of a batch position that was asked to draw: llama.cpp's own memory, valid until the next decode."""
+        """The logits (n_vocab,) of a batch position that was asked to draw: llama.cpp's own memory, valid until the
+        next decode."""
         pointer = lib.llama_get_logits_ith(self.handle, index)
         if not pointer:
             raise LlamaError(f"no logits at batch position {index}")

@@ -1,7 +1,8 @@
 """Does a model fit into memory? An estimate from its header, before anything is read.
 
-weights: the file's own bytes. KV cache: `2 bytes × (key_length + value_length) × n_head_kv × n_layer` a token (f16), for every token of
-every slot. Compute: llama.cpp's graph for a batch, dominated by the logits (`n_batch × n_vocab × 4`) and a few activations a token.
+weights: the file's own bytes. KV cache: `2 bytes × (key_length + value_length) × n_head_kv × n_layer` a token (f16),
+for every token of every slot. Compute: llama.cpp's graph for a batch, dominated by the logits (`n_batch × n_vocab × 4`)
+and a few activations a token.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class MemoryEstimate:
         return self.weight_bytes + self.kv_bytes + self.compute_bytes
 
     def __str__(self) -> str:
-        gib = 2**30
-        return f"weights {self.weight_bytes / gib:.1f} + KV {self.kv_bytes / gib:.1f} + compute {self.compute_bytes / gib:.1f}"
+        weights, kv, compute = (n / 2**30 for n in (self.weight_bytes, self.kv_bytes, self.compute_bytes))
+        return f"weights {weights:.1f} + KV {kv:.1f} + compute {compute:.1f}"
 
 
 def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> MemoryEstimate:

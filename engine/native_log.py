@@ -1,7 +1,7 @@
 """File descriptors 1 and 2, kept from native code: what llama.cpp prints goes to a file that the structured log tails.
 
-A raw write to descriptor 2 would draw over the screen, and a pipe loses the last words before an abort; an O_APPEND file keeps them.
-Call `redirect` before the app is made and before llama_cpp is imported.
+A raw write to descriptor 2 would draw over the screen, and a pipe loses the last words before an abort; an O_APPEND
+file keeps them. Call `redirect` before the app is made and before llama_cpp is imported.
 """
 
 from __future__ import annotations

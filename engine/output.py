@@ -62,7 +62,8 @@ class Parsed:
 class ReasoningParser:
     """Tells `<think>…</think>` at the beginning of an answer from the answer itself, piece by piece.
 
-    With `inside` the prompt already opened the reasoning. With `enabled=False` everything is text (raw mode, other models).
+    With `inside` the prompt already opened the reasoning. With `enabled=False` everything is text (raw mode, other
+    models).
     """
 
     _OPEN, _CLOSE = "<think>", "</think>"

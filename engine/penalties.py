@@ -1,4 +1,5 @@
-"""The penalties on tokens that were used already; ours because they touch few ids and llama.cpp's walk over the whole vocabulary."""
+"""The penalties on tokens that were used already; ours because they touch few ids and llama.cpp's walk over the whole
+vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from engine.sampling import SamplerSpec
 
 
 class Penalties:
-    """The last `repeat_last_n` tokens of a sequence and what they cost, as llama.cpp's penalties sampler counts them."""
+    """The last `repeat_last_n` tokens of a sequence and what they cost, as llama.cpp's penalties sampler counts
+    them."""
 
     def __init__(self, spec: SamplerSpec) -> None:
         self._spec = spec

@@ -1,7 +1,9 @@
-"""Does this build of llama.cpp decode on this CPU? Proven once in a child process, because the wrong build ends the whole process.
+"""Does this build of llama.cpp decode on this CPU? Proven once in a child process, because the wrong build ends the
+whole process.
 
-On CPUs with AMX a stock build crashes with quantised weights (llama.cpp issue 20824); `use_extra_bufts=False` is the way around. The
-answer is kept in the home by CPU and llama-cpp-python version. Run as `python -m engine.probe MODEL [--plain]`, this file is the child.
+On CPUs with AMX a stock build crashes with quantised weights (llama.cpp issue 20824); `use_extra_bufts=False` is the
+way around. The answer is kept in the home by CPU and llama-cpp-python version. Run as `python -m engine.probe MODEL
+[--plain]`, this file is the child.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ async def probe(model: Path, cache: Path) -> bool:
         answer = False
     else:
         raise LoadError(
-            "llama.cpp, as it is installed, cannot decode on this CPU: rebuild it for this machine with `make build-llama`"
+            "llama.cpp, as it is installed, cannot decode on this CPU: "
+            "rebuild it for this machine with `make build-llama`"
         )
     _write(cache, {"key": key, "use_extra_bufts": answer})
     return answer

@@ -1,4 +1,5 @@
-"""From messages to the text a model reads: the GGUF's own chat template, or `prompt_template.json` beside the model as the override.
+"""From messages to the text a model reads: the GGUF's own chat template, or `prompt_template.json` beside the model as
+the override.
 
 Templates come with downloaded files, so they run in Jinja's immutable sandbox and may only compute text.
 """
@@ -51,7 +52,8 @@ class PrefixTemplate(BaseModel):
     model_suffix: str = ""
 
     def render(self, messages: Sequence[Message], *, think: bool, tools: Sequence[Tool] = ()) -> str:
-        """Turns in order, then the model's prefix; without a system prefix a system message leads the first user's text.
+        """Turns in order, then the model's prefix; without a system prefix a system message leads the first user's
+        text.
 
         Raises:
             BadRequest: tools are offered, and such a template has no place for them.
@@ -168,7 +170,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as models were trained on it: keys in their order, nothing escaped for HTML; arguments as in transformers."""
+    """JSON as models were trained on it: keys in their order, nothing escaped for HTML; arguments as in
+    transformers."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,6 +1,7 @@
 """What one request asks of the sampler.
 
-The order is llama.cpp's (`common_sampler_init`): penalties, top_k, top_p, min_p, temperature, draw. A temperature of 0 is an argmax.
+The order is llama.cpp's (`common_sampler_init`): penalties, top_k, top_p, min_p, temperature, draw. A temperature of 0
+is an argmax.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class SamplerSpec:
 
     @classmethod
     def from_params(cls, params: Params, *, n_ctx: int) -> SamplerSpec:
-        """Settles what is left open: a random seed, and −1 for `repeat_last_n` as the whole context of `n_ctx` tokens."""
+        """Settles what is left open: a random seed, and −1 for `repeat_last_n` as the whole context of `n_ctx`
+        tokens."""
         return cls(
             temperature=params.temperature,
             top_k=params.top_k,

@@ -1,8 +1,8 @@
 """Who decodes, who prefills, who waits. Pure: it knows neither llama.cpp nor a clock.
 
-Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while anyone decodes
-(so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in order of admission. Where
-more decode than a batch holds, they take turns.
+Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while
+anyone decodes (so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in
+order of admission. Where more decode than a batch holds, they take turns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The one path of every request: admission, prompt, generation, audit. Every door comes through `submit`.
 
-Loop thread. A request is refused with a typed `RequestError`, and each one, refused or not, leaves a row in its model's audit log.
+Loop thread. A request is refused with a typed `RequestError`, and each one, refused or not, leaves a row in its model's
+audit log.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class InferenceService:
         """Admits a request; it then runs whether it is read or not.
 
         Raises:
-            RequestError: it cannot be served; its row in the audit log says `rejected`, or `error` for a fault of this node.
+            RequestError: it cannot be served; its row in the audit log says `rejected`, or `error` for a fault of this
+            node.
         """
         worker = self._fleet.get(request.model)
         begun_s = time.perf_counter()

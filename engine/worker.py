@@ -1,4 +1,5 @@
-"""One worker file's model: its state, its engine while it has one, the requests in it, and the documents that describe it.
+"""One worker file's model: its state, its engine while it has one, the requests in it, and the documents that describe
+it.
 
 Loop thread. `engine.fleet` moves it through its states; `engine.service` puts requests in.
 """
@@ -193,7 +194,8 @@ class Worker:
         turns = messages or (Message(role="user", content=text or ""),)
         if form is None:
             raise BadRequest(
-                f"{self.name} has no chat template: send the request with raw, or put a prompt_template.json beside its file",
+                f"{self.name} has no chat template: send the request with raw, "
+                "or put a prompt_template.json beside its file",
                 param="raw",
             )
         rendered = form.render(turns, think=think, tools=tools)

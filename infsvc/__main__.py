@@ -8,7 +8,9 @@ from infsvc.home import app_root
 
 
 def _find_app() -> None:
-    """Puts the folder that holds `engine`, `tui`, … first, so that no folder of the same name where one stands is taken for it."""
+    """Puts the folder that holds `engine`, `tui`, … first, so that no folder of the same name where one stands is
+    taken for it.
+    """
     root = str(app_root())
     if sys.path[:1] != [root]:
         sys.path.insert(0, root)

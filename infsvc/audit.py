@@ -14,7 +14,8 @@ AuditStatus = Literal["ok", "error", "cancelled", "rejected", "replayed"]
 
 @dataclass(frozen=True, kw_only=True)
 class RequestRow:
-    """One request. `ts` is when it came, in seconds since the epoch; durations are milliseconds, `input_len` characters."""
+    """One request. `ts` is when it came, in seconds since the epoch; durations are milliseconds, `input_len`
+    characters."""
 
     ts: float = field(default_factory=time.time)
     trace_id: str | None

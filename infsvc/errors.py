@@ -117,8 +117,8 @@ class ContextLengthExceeded(BadRequest):
     def __init__(self, *, n_prompt_tokens: int, n_ctx: int) -> None:
         self.n_prompt_tokens, self.n_ctx = n_prompt_tokens, n_ctx
         super().__init__(
-            f"the prompt has {n_prompt_tokens} tokens and the context of one sequence is {n_ctx} tokens, one of them for the "
-            "answer: shorten the input or raise CTX_SIZE",
+            f"the prompt has {n_prompt_tokens} tokens and the context of one sequence is {n_ctx} tokens, "
+            "one of them for the answer: shorten the input or raise CTX_SIZE",
             param="input",
         )
 

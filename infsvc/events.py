@@ -1,7 +1,8 @@
 """What happened on a node, as typed events, and the bus that hands them to whoever watches.
 
-The screen, server-sent events, heartbeats and the event log all read the same events. The bus lives on the loop's thread; only
-`publish_threadsafe` may be called from another. A subscriber that does not keep up loses its oldest events and is told how many.
+The screen, server-sent events, heartbeats and the event log all read the same events. The bus lives on the loop's
+thread; only `publish_threadsafe` may be called from another. A subscriber that does not keep up loses its oldest events
+and is told how many.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ class Subscription:
 
 
 class EventBus:
-    """Hands each event to every subscriber, on the loop's thread, and keeps the last `n_recent` for those who come later."""
+    """Hands each event to every subscriber, on the loop's thread, and keeps the last `n_recent` for those who come
+    later."""
 
     def __init__(self, node: str, *, n_recent: int = 2000) -> None:
         self._node = node

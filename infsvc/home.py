@@ -1,4 +1,5 @@
-"""The home folder: where a node reads what ships, writes what is its own, and holds the lock that makes it the only one.
+"""The home folder: where a node reads what ships, writes what is its own, and holds the lock that makes it the only
+one.
 
 Reads look in the home, then in what ships (the checkout, or the wheel's `_app` folder). Writes go to the home only.
 """

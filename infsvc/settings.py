@@ -1,7 +1,8 @@
 """Settings: one worker file a model (`envs/worker.<name>.env`), and the node's own `INFSVC_…` variables.
 
-For a worker: `INFSVC__<MODEL>__<KEY>` beats the file, the file beats a bare `KEY` in the environment, that beats the default. An
-unknown key, a wrong type or a value out of range is a `ConfigError` that names file, line and key, before anything starts.
+For a worker: `INFSVC__<MODEL>__<KEY>` beats the file, the file beats a bare `KEY` in the environment, that beats the
+default. An unknown key, a wrong type or a value out of range is a `ConfigError` that names file, line and key, before
+anything starts.
 """
 
 from __future__ import annotations
@@ -229,8 +230,8 @@ def check_open(settings: NodeSettings, host: str, *, key: str) -> None:
     """Refuses to listen beyond this machine without API keys, unless INFSVC_ALLOW_OPEN says so."""
     if not is_loopback(host) and not settings.keys and not settings.allow_open:
         raise ConfigError(
-            f"{host} is reachable from other machines and INFSVC_API_KEYS is empty: set keys, or INFSVC_ALLOW_OPEN=true "
-            "if that is meant",
+            f"{host} is reachable from other machines and INFSVC_API_KEYS is empty: "
+            "set keys, or INFSVC_ALLOW_OPEN=true if that is meant",
             key=key,
         )
 
@@ -340,8 +341,8 @@ class _Environment(EnvSettingsSource):
 
 
 def load_workers(home: Home, node: NodeSettings, environ: Mapping[str, str] = os.environ) -> dict[str, WorkerSettings]:
-    """All worker files by model name, as `load_worker` reads them. Two files with one MODEL_NAME are an error, and so is a
-    variable for a model that no file names."""
+    """All worker files by model name, as `load_worker` reads them. Two files with one MODEL_NAME are an error, and so
+    is a variable for a model that no file names."""
     found: dict[str, WorkerSettings] = {}
     for name, path in home.worker_files().items():
         settings = load_worker(name, path, node, environ)

@@ -1,7 +1,7 @@
 """The names of NATS subjects, in one place.
 
-A model's name may hold dots (`nomic-embed-v1.5`), which NATS reads as a token border. The documented subject keeps the name as it is;
-whatever is published for wildcards goes out a second time under `dotless()`, so that `*` finds it.
+A model's name may hold dots (`nomic-embed-v1.5`), which NATS reads as a token border. The documented subject keeps the
+name as it is; whatever is published for wildcards goes out a second time under `dotless()`, so that `*` finds it.
 """
 
 from __future__ import annotations

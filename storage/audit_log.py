@@ -1,8 +1,8 @@
 """The audit log: one SQLite file a model, written by one batching task, read over connections of its own.
 
-WAL and synchronous=FULL: a committed row survives kill -9 and power loss. Rows are committed in batches of at most 256, or what came
-within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on the model refuses new work,
-and from twice that the rows of refused requests are lost, and counted.
+WAL and synchronous=FULL: a committed row survives kill -9 and power loss. Rows are committed in batches of at most 256,
+or what came within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on
+the model refuses new work, and from twice that the rows of refused requests are lost, and counted.
 """
 
 from __future__ import annotations

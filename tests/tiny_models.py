@@ -1,4 +1,6 @@
-"""Random-weight models in milliseconds: real GGUF files of a real architecture that load, tokenise and decode, and say nothing."""
+"""Random-weight models in milliseconds: real GGUF files of a real architecture that load, tokenise and decode, and
+say nothing.
+"""
 
 from __future__ import annotations
 

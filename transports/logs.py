@@ -1,6 +1,8 @@
-"""The structured log: every line a JSON object in `data/logs/node.jsonl`, on stdout when there is no screen, and on the event bus.
+"""The structured log: every line a JSON object in `data/logs/node.jsonl`, on stdout when there is no screen, and on
+the event bus.
 
-Code below logs with the standard library and `extra={"code": …, "model": …, "meta": {…}}`; this module gives those fields their form.
+Code below logs with the standard library and `extra={"code": …, "model": …, "meta": {…}}`; this module gives those
+fields their form.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ class NodeLog:
             handler.close()
 
     def _from_bus(self, event: Event) -> None:
-        """Lines that were born as events (a model's notes) go to the files too; those from the logger came from there."""
+        """Lines that were born as events (a model's notes) go to the files too; those from the logger came from
+        there.
+        """
         if isinstance(event, LogLine) and event.code.startswith("model."):
             self._logger.log(
                 logging.getLevelNamesMapping().get(event.level.upper(), logging.INFO),

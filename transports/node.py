@@ -1,7 +1,8 @@
-"""The node: builds every part once, starts them in order, and ends them in the opposite one. `async with Node(...) as node`.
+"""The node: builds every part once, starts them in order, and ends them in the opposite one. `async with Node(...) as
+node`.
 
-Parts that can fail alone (a model, the broker) fail as states; what makes no sense without (the home, a port) raises on the way in, and
-what had started by then is ended again.
+Parts that can fail alone (a model, the broker) fail as states; what makes no sense without (the home, a port) raises
+on the way in, and what had started by then is ended again.
 """
 
 from __future__ import annotations

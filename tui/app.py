@@ -1,4 +1,7 @@
-"""The app: the node's face. Paints first, starts the node after the first frame, and ends with the node's own close.
+"""The app: the node's face. Paints first, opens and starts the node after that, and ends with the node's own close.
+
+What takes long to import — the engine's rooms, the doors, the screens with their charts and markdown — comes after
+the first frame, in a thread beside the loop.
 
 The node runs inside one worker that enters and leaves it, so that every way out — a key, a signal, an error — drains
 it in the same way. The app decides nothing about models: it hands requests to the node and tells its errors.
@@ -8,28 +11,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from textual.app import App, SystemCommand
+from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.command import Provider
 from textual.screen import Screen
+from textual.widgets import Static
+from textual.worker import Worker
 
-from infsvc.errors import InfsvcError
-from infsvc.events import BrokerStateChanged, Event, ModelStateChanged
-from infsvc.types import ModelState
-from tui.commands import NodeCommands
-from tui.context import Context
+from infsvc.errors import InfsvcError, UnknownModel
 from tui.messages import ChatRequested, LoadRequested, UnloadRequested
-from tui.node_view import NodeView, n_running
-from tui.screens.chat import ChatScreen
-from tui.screens.dialogs import Help, Question
-from tui.screens.fleet import FleetScreen
-from tui.screens.logs import LogsScreen
 from tui.themes import DARK, LIGHT
-from tui.wording import clean, plural
+
+if TYPE_CHECKING:
+    from infsvc.events import Event
+    from tui.context import Context
+    from tui.node_view import NodeView
+    from tui.screens.chat import ChatScreen
+    from tui.screens.fleet import FleetScreen
+    from tui.screens.logs import LogsScreen
+
+
+def _node_commands() -> type[Provider]:
+    from tui.commands import NodeCommands
+
+    return NodeCommands
 
 
 def _now() -> datetime:
@@ -40,7 +49,7 @@ class InfsvcApp(App[int]):
     """The full-screen app over one node; its return value is the process' exit code.
 
     Args:
-        node: started after the first frame, closed before the app ends.
+        open_node: makes the node, after the first frame; the app starts it, and closes it before it ends.
         clock: the wall time that is shown.
         monotonic: seconds, for durations that are shown.
         animate: False for still pictures: no animation, no blinking cursor.
@@ -48,7 +57,7 @@ class InfsvcApp(App[int]):
 
     TITLE = "infsvc"
     CSS_PATH = "app.tcss"
-    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {NodeCommands}
+    COMMANDS: ClassVar[set[type[Provider] | Callable[[], type[Provider]]]] = {_node_commands}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "go('fleet')", show=False, priority=True, id="app.fleet", tooltip="Fleet (also 1)"),
         Binding("f2", "go('chat')", show=False, priority=True, id="app.chat", tooltip="Chat (also 2)"),
@@ -63,48 +72,76 @@ class InfsvcApp(App[int]):
 
     def __init__(
         self,
-        node: NodeView,
+        open_node: Callable[[], Awaitable[NodeView]],
         *,
         clock: Callable[[], datetime] = _now,
         monotonic: Callable[[], float] = time.monotonic,
         animate: bool = True,
     ) -> None:
         super().__init__()
-        self.context = Context(node, clock, monotonic, animate)
+        self.context: Context | None = None
+        self._open_node = open_node
+        self._clock, self._monotonic, self._animated = clock, monotonic, animate
         self._leaving = asyncio.Event()
         if not animate:
             self.animation_level = "none"
         self.register_theme(DARK)
         self.register_theme(LIGHT)
         self.theme = DARK.name
-        self._fleet = FleetScreen(self.context)
-        self._chat = ChatScreen(self.context)
-        self._logs = LogsScreen(self.context)
-        for screen in (self._fleet, self._chat, self._logs):
-            self.add_mode(screen.NAME, lambda screen=screen: screen)  # type: ignore[misc]
+        self._fleet: FleetScreen | None = None
+        self._chat: ChatScreen | None = None
+        self._logs: LogsScreen | None = None
 
-    async def on_mount(self) -> None:
-        await self.switch_mode("fleet")
-        self.context.node.events.listen(self._hear)
+    def compose(self) -> ComposeResult:
+        """The first frame: what there is before the node can be shown."""
+        yield Static("infsvc\n\nthe node starts", id="curtain")
+
+    def on_mount(self) -> None:
         self.call_after_refresh(self._start)
 
     def _start(self) -> None:
-        self.run_worker(self._run_node(), name="node", group="node", thread=False, exclusive=True, exit_on_error=True)
+        # The function, not its coroutine: an app that ends before the worker begins then leaves none unawaited.
+        _: Worker[None] = self.run_worker(
+            self._run_node, name="node", group="node", thread=False, exclusive=True, exit_on_error=True
+        )
 
     async def _run_node(self) -> None:
-        """Starts the node, waits for the end, closes it, and ends the app."""
+        """Opens the node, starts it, waits for the end, closes it, and ends the app."""
         try:
-            async with self.context.node:
-                if self.context.phase == "starting":
-                    self.context.phase = "running"
+            context = self.context or await self.show_node(await self._open_node())
+            async with context.node:
+                if context.phase == "starting":
+                    context.phase = "running"
                 await self._leaving.wait()
         except InfsvcError as error:
-            self.exit(1, return_code=1, message=clean(str(error)))
+            code = 2 if isinstance(error, UnknownModel) else 1
+            self.exit(code, return_code=code, message=_clean(str(error)))
         else:
             self.exit(0)
 
+    async def show_node(self, node: NodeView) -> Context:
+        """Puts the screens up over the node, which has not started yet."""
+        from tui.context import Context
+        from tui.screens.chat import ChatScreen
+        from tui.screens.fleet import FleetScreen
+        from tui.screens.logs import LogsScreen
+
+        context = Context(node, self._clock, self._monotonic, self._animated)
+        if self._leaving.is_set():
+            context.phase = "draining"
+        self._fleet, self._chat, self._logs = FleetScreen(context), ChatScreen(context), LogsScreen(context)
+        for screen in (self._fleet, self._chat, self._logs):
+            self.add_mode(screen.NAME, lambda screen=screen: screen)  # type: ignore[misc]
+        await self.switch_mode("fleet")
+        node.events.listen(self._hear)
+        self.context = context
+        return context
+
     def _hear(self, event: Event) -> None:
         """Tells what the user should not miss on another screen. Called inline by the bus."""
+        from infsvc.events import BrokerStateChanged, ModelStateChanged
+        from infsvc.types import ModelState
+
         if self._exit:
             return
         if isinstance(event, ModelStateChanged) and event.state is ModelState.FAILED:
@@ -115,20 +152,36 @@ class InfsvcApp(App[int]):
             self.log.warning(f"broker down: {event.reason}")
 
     def _warn(self, title: str, told: str) -> None:
-        self.notify(clean(told), title=clean(title), severity="error", timeout=8, markup=False)
+        self.notify(_clean(told), title=_clean(title), severity="error", timeout=8, markup=False)
+
+    @property
+    def _node(self) -> NodeView:
+        """The node, for what only its screens can ask for."""
+        assert self.context is not None
+        return self.context.node
 
     def shut_down(self) -> None:
         """Begins the end: the node's close drains what runs, then the app exits. May be called twice."""
-        self.context.phase = "draining"
+        if self.context is not None:
+            self.context.phase = "draining"
         self._leaving.set()
 
     async def action_go(self, name: str) -> None:
         """Changes to a screen, out of any dialog above the present one; keys typed meanwhile wait for it."""
+        if self.context is None:
+            return
         while len(self.screen_stack) > 1:
             await self.pop_screen()
         await self.switch_mode(name)
 
     async def action_quit(self) -> None:
+        if self.context is None:
+            self.shut_down()
+            return
+        from tui.node_view import n_running
+        from tui.screens.dialogs import Question
+        from tui.wording import plural
+
         n = n_running(self.context.node)
         if not n or self.context.phase == "draining":
             self.shut_down()
@@ -142,7 +195,9 @@ class InfsvcApp(App[int]):
             self.push_screen(Question(told, "quit"), decide)
 
     def action_help(self) -> None:
-        if not isinstance(self.screen, Help):
+        from tui.screens.dialogs import Help
+
+        if self.context is not None and not isinstance(self.screen, Help):
             self.push_screen(Help(self._keys()))
 
     def _keys(self) -> Iterable[tuple[str, str]]:
@@ -166,7 +221,10 @@ class InfsvcApp(App[int]):
         self._begin(self._load(message.model), f"load-{message.model}")
 
     def on_unload_requested(self, message: UnloadRequested) -> None:
-        worker = self.context.node.fleet.workers.get(message.model)
+        from tui.screens.dialogs import Question
+        from tui.wording import plural
+
+        worker = self._node.fleet.workers.get(message.model)
         n = worker.n_active + worker.n_waiting if worker else 0
         if not n:
             self._begin(self._unload(message.model), f"unload-{message.model}")
@@ -176,11 +234,12 @@ class InfsvcApp(App[int]):
             if yes:
                 self._begin(self._unload(message.model), f"unload-{message.model}")
 
-        told = f"{plural(n, 'request')} at work on {message.model}. They get 3 s, then end as cancelled."
+        told = f"{plural(n, 'request')} at work on {message.model}. They get 30 s, then end as cancelled."
         self.push_screen(Question(told, "unload"), decide)
 
     async def on_chat_requested(self, message: ChatRequested) -> None:
-        self._chat.model = message.model
+        if self._chat is not None:
+            self._chat.model = message.model
         await self.action_go("chat")
 
     def _begin(self, work: object, name: str) -> None:
@@ -195,12 +254,18 @@ class InfsvcApp(App[int]):
 
     async def _load(self, model: str) -> None:
         try:
-            await self.context.node.load(model)
+            await self._node.load(model)
         except InfsvcError as error:
             self._warn(f"{model} was not loaded", str(error))
 
     async def _unload(self, model: str) -> None:
         try:
-            await self.context.node.unload(model)
+            await self._node.unload(model)
         except InfsvcError as error:
             self._warn(f"{model} was not unloaded", str(error))
+
+
+def _clean(text: str) -> str:
+    from tui.wording import clean
+
+    return clean(text)

@@ -26,7 +26,8 @@ class NodeCommands(Provider):
         app = cast("InfsvcApp", self.app)
         for _, name, title in SCREENS:
             yield f"Go to {title}", f"Screen {title}", partial(app.action_go, name)
-        for worker in app.context.node.fleet.workers.values():
+        workers = app.context.node.fleet.workers if app.context is not None else {}
+        for worker in workers.values():
             if worker.state in (ModelState.ON_DISK, ModelState.FAILED):
                 yield (
                     f"Load {worker.name}",

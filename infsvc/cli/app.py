@@ -14,6 +14,7 @@ from infsvc import __version__
 from infsvc.cli.outcome import fail, friendly
 
 if TYPE_CHECKING:
+    from infsvc.home import Home
     from transports.node import Node
 
 
@@ -31,16 +32,21 @@ def app(models: tuple[str, ...]) -> None:
     problem = terminal_problem(os.environ, sys.stdin.isatty() and sys.stdout.isatty(), shutil.get_terminal_size())
     if problem is not None:
         fail(problem)
-    from infsvc.cli.build import build_node
+    from infsvc.cli.build import prepare_home
 
-    sys.exit(asyncio.run(_run(build_node(models, log_to_stdout=False))))
+    sys.exit(asyncio.run(_run(prepare_home(), models)))
 
 
-async def _run(node: Node) -> int:
-    from infsvc.cli.serve import on_stop
+async def _run(home: Home, models: tuple[str, ...]) -> int:
+    from infsvc.cli.signals import on_stop
     from tui.app import InfsvcApp
 
-    screen = InfsvcApp(node)
+    async def open_node() -> Node:
+        from infsvc.cli.build import build_node
+
+        return await asyncio.to_thread(build_node, home, models, log_to_stdout=False)
+
+    screen = InfsvcApp(open_node)
     on_stop(asyncio.get_running_loop(), screen.shut_down)
     await screen.run_async()
     return screen.return_code or 0

@@ -6,29 +6,34 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from infsvc.home import Home
-from infsvc.settings import load_node_settings, load_workers
 
 if TYPE_CHECKING:
     from transports.node import Node
 
 
-def build_node(models: Sequence[str], *, log_to_stdout: bool) -> Node:
-    """The node of this home, not yet started. Points native output at the log file first, before llama_cpp is imported.
+def prepare_home() -> Home:
+    """Finds and makes the home, and points native output at its log file.
+
+    Comes before llama_cpp is imported and before a screen is made. Raises `HomeError` when the home cannot be written.
+    """
+    from engine.native_log import redirect
+
+    home = Home.locate()
+    home.make()
+    redirect(home.logs / "native.log")
+    return home
+
+
+def build_node(home: Home, models: Sequence[str], *, log_to_stdout: bool) -> Node:
+    """The node of this home, not yet started. Any thread; takes about half a second of imports.
 
     Raises:
         ConfigError: a setting or a worker file is wrong.
-        HomeError: the home cannot be written.
         UnknownModel: a named model has no worker file.
     """
-    home = Home.locate()
-    settings = load_node_settings()
-    workers = load_workers(home, settings)
-    home.make()
-
-    from engine.native_log import redirect
-
-    redirect(home.logs / "native.log")
-
+    from infsvc.settings import load_node_settings, load_workers
     from transports.node import Node, chosen_models
 
+    settings = load_node_settings()
+    workers = load_workers(home, settings)
     return Node(home, settings, workers, chosen_models(home, models, workers), log_to_stdout=log_to_stdout)

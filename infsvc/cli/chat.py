@@ -1,4 +1,6 @@
-"""`infsvc chat`: asks a model over HTTP, or over NATS with a subject; once, from standard input, or question by question."""
+"""`infsvc chat`: asks a model over HTTP, or over NATS with a subject; once, from standard input, or question by
+question.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`infsvc start` and `infsvc stop`: one node a home, models come and go in it. `make start` and `make stop` call these."""
+"""`infsvc start` and `infsvc stop`: one node a home, models come and go in it. `make start` and `make stop` call
+these.
+"""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from typing import TYPE_CHECKING
 
 import click
 
-from infsvc.cli.build import build_node
+from infsvc.cli.build import build_node, prepare_home
 from infsvc.cli.outcome import friendly
+from infsvc.cli.signals import on_stop
 
 if TYPE_CHECKING:
     from transports.node import Node
@@ -24,7 +24,7 @@ def serve(models: tuple[str, ...]) -> None:
     MODEL names envs/worker.<MODEL>.env. With none, those that ran last are loaded; on a first run the demo model.
     SIGTERM and SIGINT let running work go on for 3 seconds, then end it.
     """
-    asyncio.run(_serve(build_node(models, log_to_stdout=True)))
+    asyncio.run(_serve(build_node(prepare_home(), models, log_to_stdout=True)))
 
 
 async def _serve(node: Node) -> None:
@@ -32,12 +32,3 @@ async def _serve(node: Node) -> None:
     on_stop(asyncio.get_running_loop(), stop.set)
     async with node:
         await stop.wait()
-
-
-def on_stop(loop: asyncio.AbstractEventLoop, stop: object) -> None:
-    """Calls `stop` on SIGTERM and SIGINT, where the system's loop can."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        try:
-            loop.add_signal_handler(number, stop)  # type: ignore[arg-type]
-        except NotImplementedError:
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
-"""A node for the benchmarks, with or without its screen, that measures how late its own event loop runs while it decodes.
+"""A node for the benchmarks, with or without its screen, that measures how late its own event loop runs while it
+decodes.
 
-`python -m tests.benchmarks.node_child serve|tui MODEL RESULT`: ends on SIGTERM and writes `{worst_ms, p99_ms}` to RESULT.
+`python -m tests.benchmarks.node_child serve|tui MODEL RESULT`: ends on SIGTERM and writes `{worst_ms, p99_ms}` to
+RESULT.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from infsvc.cli.build import build_node
-from infsvc.cli.serve import on_stop
+from infsvc.cli.build import build_node, prepare_home
+from infsvc.cli.signals import on_stop
 from transports.node import Node
 
 _TICK_S = 0.005
@@ -28,13 +30,16 @@ async def watch(node: Node, late_ms: list[float]) -> None:
 
 
 async def run(mode: str, model: str, result: Path) -> None:
-    node = build_node([model], log_to_stdout=False)
+    node = build_node(prepare_home(), [model], log_to_stdout=False)
     late_ms: list[float] = []
     watching = asyncio.create_task(watch(node, late_ms))
     if mode == "tui":
         from tui.app import InfsvcApp
 
-        screen = InfsvcApp(node)
+        async def open_node() -> Node:
+            return node
+
+        screen = InfsvcApp(open_node)
         on_stop(asyncio.get_running_loop(), screen.shut_down)
         await screen.run_async()
     else:

@@ -1,7 +1,9 @@
-"""What the screen costs: tokens/s of eight streams over HTTP with the screen open, against the same node without it, in one run.
+"""What the screen costs: tokens/s of eight streams over HTTP with the screen open, against the same node without it,
+in one run.
 
-`python -m tests.benchmarks.screen_cost [--rounds 3] [--tokens 64]`. The model is a random-weight one of about 0.4B parameters with a
-vocabulary of 152k. The two kinds take turns; medians and their ratio are printed, and how late the node's event loop ran meanwhile.
+`python -m tests.benchmarks.screen_cost [--rounds 3] [--tokens 64]`. The model is a random-weight one of about 0.4B
+parameters with a vocabulary of 152k. The two kinds take turns; medians and their ratio are printed, and how late the
+node's event loop ran meanwhile.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def start(home: Path) -> tuple[float, float]:
         while not ready_s:
             seen += os.read(ours, 65536)
             text = _ESCAPES.sub(b"", seen)
-            if not frame_s and b"Fleet" in text:
+            if not frame_s and b"the node starts" in text:
                 frame_s = time.perf_counter() - begun
             if re.search(rb"\xe2\x97\x8f ready", text):
                 ready_s = time.perf_counter() - begun

@@ -34,10 +34,13 @@ class Served:
         self.lines: list[dict[str, Any]] = []
 
     def wait_for(self, code: str) -> dict[str, Any]:
-        """The next log line with that code."""
+        """The first log line with that code, now or later."""
+        for line in self.lines:
+            if line["code"] == code:
+                return line
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(json.loads(line))
+        for text in self.process.stdout:
+            self.lines.append(json.loads(text))
             if self.lines[-1]["code"] == code:
                 return self.lines[-1]
         raise AssertionError(f"the node ended without {code}: {self.lines[-5:]}")

@@ -78,7 +78,8 @@ async def test_its_capabilities_are_read_from_the_file(node: Node) -> None:
     worker: Worker = node.fleet.get("demo")
     assert worker.has(Capability.TEXT_GENERATION)
     assert worker.has(Capability.REASONING)
-    assert worker.has(Capability.TOOL_CALLING)
+    tools = next(claim for claim in worker.claims if claim.capability is Capability.TOOL_CALLING)
+    assert "the chat template lists tools" in tools.evidence
 
 
 def test_llama_cpp_tokenises_as_the_trainer_did(model: Path) -> None:

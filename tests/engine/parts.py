@@ -1,4 +1,5 @@
-"""Real parts for the engine's tests: an engine on a tiny file, a listener that keeps what it hears, an audit sink that keeps its rows."""
+"""Real parts for the engine's tests: an engine on a tiny file, a listener that keeps what it hears, an audit sink that
+keeps its rows."""
 
 from __future__ import annotations
 

@@ -259,7 +259,8 @@ async def test_cancel_in_decode_leaves_the_others_as_they_were(tiny_model: Path)
 
 
 async def test_cancels_at_any_moment_never_end_anyone_else(tiny_model: Path) -> None:
-    """A cancel that comes when its neighbour has just begun aborts a batch that it is not in; that batch is read again."""
+    """A cancel that comes when its neighbour has just begun aborts a batch that it is not in; that batch is read
+    again."""
     async with running_engine(tiny_model, n_slots=1) as engine:
         expected = {n: (await run(engine, sequence(prompt=prompt(n, n), max_tokens=6))).text for n in (3, 50, 170)}
     async with running_engine(tiny_model, n_slots=4) as engine:
@@ -396,7 +397,8 @@ async def test_a_model_of_no_numbers_fails_its_request_and_not_the_process(tmp_p
 async def test_a_full_cache_fails_one_alone_and_requeues_the_youngest(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """llama.cpp's answer 1 cannot be had from a cache with a part for each sequence: it is forced once for two sequences."""
+    """llama.cpp's answer 1 cannot be had from a cache with a part for each sequence: it is forced once for two
+    sequences."""
     decode, refused = LlamaContext.decode, []
 
     def full_for_two(self: LlamaContext, batch: Any) -> int:

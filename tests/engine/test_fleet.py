@@ -253,6 +253,25 @@ async def test_unload_while_loading_stops_the_load_and_is_no_failure(
         await node.loaded("a")
 
 
+async def test_unload_of_what_is_loaded_and_not_yet_ready(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        reached.set()
+        assert go.wait(60)
+
+    async with running_node(home, worker_settings("a")) as node:
+        monkeypatch.setattr("engine.fleet.load_prompt_format", slow)
+        node.fleet.load("a")
+        assert await asyncio.to_thread(reached.wait, 60)
+        unloading = asyncio.create_task(node.fleet.unload("a"))
+        await asyncio.sleep(0)
+        go.set()
+        await unloading
+        assert node.states("a") == ["loading", "on_disk"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "engine-a"]
+
+
 async def test_unload_before_the_header_is_read_stops_the_load(home: Path) -> None:
     async with running_node(home, worker_settings("a")) as node:
         node.fleet.load("a")

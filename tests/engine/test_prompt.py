@@ -27,7 +27,8 @@ def rendered(source: str, messages: tuple[Message, ...] = HELLO, **options: bool
 
 def test_a_models_own_template() -> None:
     assert rendered(CHATML, TALK) == (
-        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhi<|im_end|>\n"
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        "<|im_start|>assistant\nhi<|im_end|>\n"
         "<|im_start|>user\n<b>'\"&<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -121,7 +122,7 @@ def test_no_file_is_read(reach: str) -> None:
     ],
 )
 def test_what_never_ends_or_fails_is_a_bad_request(endless: str) -> None:
-    with pytest.raises(BadRequest, match="fails on these messages: ."):
+    with pytest.raises(BadRequest, match=r"fails on these messages: ."):
         rendered(endless)
 
 

@@ -137,7 +137,7 @@ async def test_without_a_template_only_raw_is_served(tmp_path: Path) -> None:
         assert (await node.service.complete(ask(raw=True))).tokens_out == 4
 
 
-# -- refused ------------------------------------------------------------------------------------------------------------
+# -- refused -------------------------------------------------------------------------------------------------------
 
 
 def rejected(node: Node, model: str = "a") -> tuple[str, str | None]:
@@ -282,7 +282,7 @@ async def test_a_client_that_leaves_while_its_prompt_is_read_leaves_a_row(
     assert list(node.service.live()) == []
 
 
-# -- cancel, errors, drain ----------------------------------------------------------------------------------------------
+# -- cancel, errors, drain -----------------------------------------------------------------------------------------
 
 
 async def test_leaving_the_block_cancels(node: Node) -> None:
@@ -390,7 +390,7 @@ async def test_drain_without_grace_cancels(node: Node) -> None:
     await node.service.drain(0)
 
 
-# -- which model, which fields ------------------------------------------------------------------------------------------
+# -- which model, which fields -------------------------------------------------------------------------------------
 
 
 async def test_the_only_ready_model_needs_no_name(node: Node) -> None:

@@ -77,7 +77,7 @@ def test_a_worker_file_of_ones_own_stands_before_the_shipped(home: Home) -> None
     assert Home(home.root / "x", home.root / "y").worker_files() == {}
 
 
-# -- the lock -----------------------------------------------------------------------------------------------------------
+# -- the lock ------------------------------------------------------------------------------------------------------
 
 HOLDER = """
 import sys

@@ -1,4 +1,5 @@
-"""Each rule of the configuration: who beats whom, and that a wrong word names its file, line and key before anything starts."""
+"""Each rule of the configuration: who beats whom, and that a wrong word names its file, line and key before anything
+starts."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def load(path: Path, environ: dict[str, str] | None = None) -> WorkerSettings:
     return load_worker(path.name.removeprefix("worker.").removesuffix(".env"), path, NODE, environ or {})
 
 
-# -- precedence ---------------------------------------------------------------------------------------------------------
+# -- precedence ----------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_file_has_the_documented_defaults(write: Write) -> None:
@@ -133,7 +134,7 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
     assert (worker.ctx_size, worker.subject, worker.data_dir, worker.model_threads) == (1, "a b", "d", 2)
 
 
-# -- wrong words --------------------------------------------------------------------------------------------------------
+# -- wrong words ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_the_nodes_own_broker_may_be_named(write: Write) -> None:
     assert load(write(f"NATS_URL={NODE.nats_url}\n")).nats_url == NODE.nats_url
 
 
-# -- durations, sizes, addresses ----------------------------------------------------------------------------------------
+# -- durations, sizes, addresses -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_durations(write: Write, text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "s", "10 apples", "-5s", "1h30m", "nan", "inf"])
 def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(ValueError, match="duration|ack_wait"):
+    with pytest.raises(ValueError, match=r"duration|ack_wait"):
         WorkerSettings(model_name="m", ack_wait=text)  # type: ignore[arg-type]
 
 
@@ -272,7 +273,7 @@ def test_addresses(text: str, host: str, port: int, shown: str) -> None:
     assert address.bound("0.0.0.0").host == (host or "0.0.0.0")
 
 
-# -- the node's own -----------------------------------------------------------------------------------------------------
+# -- the node's own ------------------------------------------------------------------------------------------------
 
 
 def test_the_nodes_defaults() -> None:
@@ -358,7 +359,7 @@ def test_what_only_this_machine_reaches(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
-# -- several files ------------------------------------------------------------------------------------------------------
+# -- several files -------------------------------------------------------------------------------------------------
 
 
 def home(tmp_path: Path) -> Home:

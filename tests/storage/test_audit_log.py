@@ -312,7 +312,7 @@ async def test_a_row_that_no_table_takes_stops_no_other(
     assert [record.code for record in caplog.records] == ["audit.bad_row"]  # type: ignore[attr-defined]
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------------
 
 
 async def test_the_newest_come_first_and_can_be_chosen(log: AuditLog) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tui_sample import SampleNode, busy_node, demo_worker, sample_app
 from infsvc.errors import ConfigError, HomeError, MemoryFitError, StartError
 from infsvc.events import ModelStateChanged
 from infsvc.types import ModelState
+from tui.app import InfsvcApp
 from tui.screens.dialogs import Help, Question
 from tui.terminal import terminal_problem
 from tui.widgets.header import StatusHeader
@@ -196,3 +198,23 @@ def test_the_screen_knows_no_engine_room_and_no_socket() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             roots = {name.split(".")[0] for name in names}
             assert not roots & {"llama_cpp", "starlette", "nats", "aiosqlite", "sqlite3"}, path
+
+
+async def test_the_curtain_is_up_while_the_node_is_made_and_quits_at_once(until) -> None:
+    made = asyncio.Event()
+    node = SampleNode()
+
+    async def open_node() -> SampleNode:
+        await made.wait()
+        return node
+
+    app = InfsvcApp(open_node, animate=False)
+    async with app.run_test(size=(80, 24)) as pilot:
+        assert "the node starts" in str(app.screen.query_one("#curtain").render())
+        await pilot.press("f2", "question_mark", "1")
+        made.set()
+        await until(pilot, lambda: app.context is not None and app.context.phase == "running")
+        assert app.screen is app._fleet
+        await pilot.press("ctrl+q")
+        await until(pilot, lambda: app._exit)
+    assert node.calls == ["start", "close"]

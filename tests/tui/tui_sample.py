@@ -6,6 +6,7 @@ Times are fixed, ids are counted, and an answer is what the test says.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -281,10 +282,28 @@ class SampleNode:
             self.events.publish(event)
 
 
+class ShownApp(InfsvcApp):
+    """The app with its node shown before the first frame: pictures and keys need not wait for the curtain."""
+
+    CSS_PATH = Path(inspect.getfile(InfsvcApp)).with_name("app.tcss")
+
+    def __init__(self, node: SampleNode, **arguments: Any) -> None:
+        async def open_node() -> SampleNode:
+            return node
+
+        super().__init__(open_node, **arguments)
+        self._sample = node
+
+    async def on_mount(self) -> None:
+        await self.show_node(self._sample)
+        super().on_mount()
+
+
 def sample_app(node: SampleNode, *, animate: bool = False) -> InfsvcApp:
     """The app with fixed clocks and nothing that moves by itself; each thought takes 0.2 s."""
     ticks = iter(range(1_000_000))
-    return InfsvcApp(node, clock=lambda: NOW, monotonic=lambda: next(ticks) * 0.2, animate=animate)
+
+    return ShownApp(node, clock=lambda: NOW, monotonic=lambda: next(ticks) * 0.2, animate=animate)
 
 
 def demo_worker(state: ModelState = ModelState.READY) -> SampleWorker:

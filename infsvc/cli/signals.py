@@ -1,0 +1,16 @@
+"""SIGTERM and SIGINT as one wish: end well."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+
+def on_stop(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> None:
+    """Calls `stop` on the loop for each of them, also on systems whose loop takes no signal handlers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, stop)
+        except NotImplementedError:
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
