@@ -11,6 +11,11 @@ from tui.wording import LogRecord, record_of
 _TONES = {"info": "$muted", "warning": "$warning", "error": "$error"}
 
 
+def _is_chatter(record: LogRecord) -> bool:
+    """What llama.cpp and the broker say of themselves in passing; the Logs screen has it."""
+    return record.level == "info" and record.code in ("llama", "broker.line")
+
+
 class EventLines(Static):
     """`look()` reads the bus; the newest line stands first."""
 
@@ -26,7 +31,7 @@ class EventLines(Static):
 
     def look(self) -> None:
         records = [record_of(event) for event in self._subscription.drain()]
-        told = [record for record in records if record.level != "debug"]
+        told = [record for record in records if record.level != "debug" and not _is_chatter(record)]
         if not told and self._kept:
             return
         self._kept = [*self._kept, *told][-self.N_KEPT :]
