@@ -34,7 +34,7 @@ _MAX_RANGE_ITEMS = 100_000
 class PromptFormat(Protocol):
     """Renders messages; any thread."""
 
-    def render(self, messages: Sequence[Message], *, think: bool, tools: Sequence[Tool] = ()) -> str:
+    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
         """The prompt's text, ending where the model's answer begins."""
 
 
@@ -51,7 +51,7 @@ class PrefixTemplate(BaseModel):
     model_prefix: str
     model_suffix: str = ""
 
-    def render(self, messages: Sequence[Message], *, think: bool, tools: Sequence[Tool] = ()) -> str:
+    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
         """Turns in order, then the model's prefix; without a system prefix a system message leads the first user's
         text.
 
@@ -97,13 +97,13 @@ class JinjaTemplate:
                 f"the model's chat template does not compile: {error}; put a {TEMPLATE_FILE} beside it"
             ) from None
 
-    def render(self, messages: Sequence[Message], *, think: bool, tools: Sequence[Tool] = ()) -> str:
+    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
         """Raises `BadRequest` when the template refuses the messages."""
         try:
             text = self._template.render(
+                **({} if think is None else {"enable_thinking": think}),
                 messages=[message.model_dump(exclude_none=True) for message in messages],
                 add_generation_prompt=True,
-                enable_thinking=think,
                 bos_token=self._bos,
                 eos_token=self._eos,
                 tools=list(tools) or None,

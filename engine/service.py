@@ -43,7 +43,7 @@ class InferenceRequest:
 
     Attributes:
         raw: the input goes to the model as it is, and its output comes back as it is.
-        think: asks a reasoning model to think first.
+        think: asks a reasoning model to think first, or not to; None leaves it to the model's template.
         tools: what the model may call; its template lists them.
         source: the door: http, nats, chat.
     """
@@ -53,7 +53,7 @@ class InferenceRequest:
     input: str | None = None
     messages: tuple[Message, ...] = ()
     raw: bool = False
-    think: bool = False
+    think: bool | None = None
     tools: tuple[Tool, ...] = ()
     req_id: str = field(default_factory=new_req_id)
     trace_id: str | None = None

@@ -171,7 +171,7 @@ class Worker:
         text: str | None,
         messages: tuple[Message, ...],
         raw: bool,
-        think: bool,
+        think: bool | None,
         tools: tuple[Tool, ...] = (),
     ) -> tuple[str, list[int], ReasoningParser]:
         """Renders and tokenises. Any thread, while the engine is open.

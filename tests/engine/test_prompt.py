@@ -35,7 +35,8 @@ def test_a_models_own_template() -> None:
 
 def test_what_template_authors_expect() -> None:
     assert rendered("{{ bos_token }}{{ eos_token }}{{ add_generation_prompt }}") == "<s></s>True"
-    assert rendered("{% if enable_thinking %}think{% endif %}", think=True) == "think"
+    told = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}open{% endif %}"
+    assert [rendered(told, think=think) for think in (True, False, None)] == ["True", "False", "open"]
     assert rendered("{% if tools %}tools{% else %}none{% endif %}") == "none"
     assert rendered("{% for m in messages %}{{ loop.index }}{% break %}{% endfor %}") == "1"
     assert (

@@ -186,7 +186,7 @@ class ChatScreen(NodeScreen):
             model=worker.name,
             messages=self.conversation.messages(settings),
             params=settings.params(),
-            think=settings.think,
+            think=settings.think or None,
             source="chat",
         )
         async with await self.node.service.submit(request) as generation:
