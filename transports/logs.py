@@ -74,6 +74,8 @@ class NodeLog:
         self._events = events
         self._native = NativeLog(folder / "native.log")
         self._logger = logging.getLogger("infsvc")
+        # The logger outlives the node, and so do its settings unless they are given back.
+        self._before = (self._logger.level, self._logger.propagate)
         self._logger.setLevel(level.upper())
         self._logger.propagate = False
         formatter = _Formatter()
@@ -98,7 +100,7 @@ class NodeLog:
         self._task = asyncio.create_task(self._tail(), name="native-log")
 
     async def close(self) -> None:
-        """Writes the last native lines and takes the handlers off."""
+        """Writes the last native lines, takes the handlers off and leaves the logger as it was found."""
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -107,6 +109,8 @@ class NodeLog:
         for handler in self._handlers:
             self._logger.removeHandler(handler)
             handler.close()
+        level, self._logger.propagate = self._before
+        self._logger.setLevel(level)
 
     def _from_bus(self, event: Event) -> None:
         """Lines that were born as events (a model's notes) go to the files too; those from the logger came from

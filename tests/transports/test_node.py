@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -372,3 +373,11 @@ async def test_the_log_shows_a_request_as_soon_as_it_is_answered(http: httpx2.As
         await http.post("/v1/completions", json=body)
         newest = (await http.get("/logs", params={"model": "tiny", "limit": 1})).json()["rows"][0]
         assert newest["req_id"] == f"r{number}"
+
+
+async def test_the_logger_is_left_as_it_was_found(home: Path) -> None:
+    logger = logging.getLogger("infsvc")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    async with build(home, embedded_nats="off", log_level="error"):
+        assert (logger.level, logger.propagate) == (logging.ERROR, False)
+    assert (logger.level, logger.propagate, logger.handlers) == before
