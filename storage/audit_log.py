@@ -11,7 +11,8 @@ import asyncio
 import logging
 import sqlite3
 from collections import deque
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class AuditLog:
                 await asyncio.sleep(_RETRY_S)
 
     async def _write_until_fault(self) -> None:
-        async with aiosqlite.connect(self.path, isolation_level=None) as db:
+        async with _connected(self.path, isolation_level=None) as db:
             await _prepare(db)
             while self._rows or not self._closing:
                 if not self._rows:
@@ -178,6 +179,22 @@ class AuditLog:
                 f"a row cannot be kept in {self.path}: {error}",
                 extra={"code": "audit.bad_row", "meta": {"row": repr(values)[:2000]}},
             )
+
+
+@asynccontextmanager
+async def _connected(database: Path | str, **options: Any) -> AsyncIterator[aiosqlite.Connection]:
+    """An open database. When it does not open, aiosqlite's thread still has a future to resolve: it is waited for, or
+    it would meet a loop that has closed meanwhile."""
+    db = aiosqlite.connect(database, **options)
+    try:
+        await db
+    except BaseException:
+        await asyncio.to_thread(db._thread.join, _RETRY_S)
+        raise
+    try:
+        yield db
+    finally:
+        await db.close()
 
 
 async def _prepare(db: aiosqlite.Connection) -> None:
@@ -222,7 +239,7 @@ class AuditReader:
                 await log_of_model.flush()
         if not path.is_file():
             return []
-        async with aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True) as db:
+        async with _connected(f"{path.absolute().as_uri()}?mode=ro", uri=True) as db:
             db.row_factory = sqlite3.Row
             try:
                 async with db.execute(sql, values) as cursor:
