@@ -20,7 +20,7 @@ LLAMA := $(BIN)/.llama-$(LLAMA_VERSION)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run serve test check format bench demo-model start stop status list-workers build-llama build-llama-cpu build-llama-cuda build-llama-metal wheel wheel-check clean
+.PHONY: help run serve test check format bench llama-server demo-model start stop status list-workers build-llama build-llama-cpu build-llama-cuda build-llama-metal wheel wheel-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -57,8 +57,12 @@ status: $(BIN)/.node ## what runs, once
 list-workers: ## the worker files
 	@ls envs | sed -n 's/^worker\.\(.*\)\.env$$/\1/p'
 
-bench: $(BIN)/.dev ## measure the screen's cost and the loop's delay
+bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`), and the screen's cost; about 30 minutes
+	@LLAMA_SERVER=$${LLAMA_SERVER:-$(wildcard .build/llama-server)} $(BIN)/python -m tests.benchmarks.throughput
 	@$(BIN)/python -m tests.benchmarks.screen_cost
+
+llama-server: $(BIN)/.venv ## build llama-server, the peer of `make bench`, from the same source package (6 minutes)
+	@PYTHON=$(BIN)/python bash tools/build_llama_server.sh $(LLAMA_VERSION) "$(ARGS_$(GPU))" $(CURDIR)/.build/llama-server
 
 demo-model: $(BIN)/.train ## train the demo model anew from its corpus (within an hour on two quiet cores)
 	@$(BIN)/python data/models/demo/train.py

@@ -1,0 +1,175 @@
+"""Tokens/s and time to the first token of this project's node over HTTP, audit on, beside llama-server on one file.
+
+`python -m tests.benchmarks.throughput [--widths 1,2,4,8,16] [--prompts 64,512] [--rounds 3]`. `LLAMA_SERVER` names the
+binary (`make llama-server` builds it); without one the run says so and measures the node and `llama_cpp.Llama` behind
+a lock alone. The model is a random-weight one of about 0.4B parameters, vocabulary 152k, Q4_K_M. Peers take turns
+within a round; ratios are taken round by round, and their median is printed with its spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import plotext
+
+from tests.benchmarks.peers import ROOT, Load, burst, llama_server, node
+from tests.tiny_models import write_large_model
+
+N_OUT = 64
+N_VOCAB = 151_936
+
+_LOCKED = """
+import json, sys, threading, time
+from llama_cpp import Llama
+model, n_ctx, n_threads, n_out = sys.argv[1], *map(int, sys.argv[2:5])
+prompts = json.loads(sys.stdin.read())
+llama, lock = Llama(model, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=True), threading.Lock()
+def ask(prompt):
+    with lock:
+        llama.reset()
+        for n, _ in enumerate(llama.generate(prompt, temp=0.0, reset=True), 1):
+            if n == n_out:
+                break
+begun = time.perf_counter()
+threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(json.dumps(len(prompts) * n_out / (time.perf_counter() - begun)))
+"""
+
+
+def write_model(folder: Path) -> Path:
+    """The 0.4B model as Q4_K_M."""
+    import ctypes
+
+    import llama_cpp
+
+    full, small = folder / "q8.gguf", folder / "model.gguf"
+    write_large_model(full)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    params.allow_requantize = True
+    if llama_cpp.llama_model_quantize(str(full).encode(), str(small).encode(), ctypes.byref(params)) != 0:
+        raise SystemExit("the model could not be quantised")
+    full.unlink()
+    return small
+
+
+def prompts(n: int, length: int, seed: int) -> list[list[int]]:
+    """Random prompts that share nothing."""
+    drawn = random.Random(seed)
+    return [[drawn.randrange(300, N_VOCAB) for _ in range(length)] for _ in range(n)]
+
+
+def locked(model: Path, asked: list[list[int]], n_ctx: int, n_threads: int) -> float:
+    """Tokens/s of `llama_cpp.Llama` behind a lock."""
+    command = [sys.executable, "-c", _LOCKED, str(model), str(n_ctx), str(n_threads), str(N_OUT)]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, cwd=ROOT, check=True)
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", default="1,2,4,8,16")
+    parser.add_argument("--prompts", default="64,512")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=ROOT / ".build/bench.json")
+    options = parser.parse_args()
+    n_threads = os.cpu_count() or 1
+    server = os.environ.get("LLAMA_SERVER")
+    if not server:
+        print("LLAMA_SERVER names no binary: only this project's node and the locked Llama are measured")
+    rows: dict[tuple[int, int], dict[str, list[Load]]] = defaultdict(lambda: defaultdict(list))
+    locked_tokens: list[float] = []
+    widths = [int(word) for word in options.widths.split(",")]
+    lengths = [int(word) for word in options.prompts.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        model, home = write_model(Path(folder)), Path(folder) / "home"
+        for number in range(options.rounds):
+            for length in lengths:
+                n_ctx = 1024 if length <= 512 else 2 * length
+                for width in widths:
+                    asked = prompts(width, length, seed=hash((number, length, width)))
+                    warm = prompts(1, 32, seed=number)
+                    kinds = ["infsvc", "llama-server"] if server else ["infsvc"]
+                    for kind in kinds if number % 2 == 0 else reversed(kinds):
+                        running = (
+                            node(model, home, n_slots=width, n_ctx=n_ctx, MODEL_THREADS=n_threads)
+                            if kind == "infsvc"
+                            else llama_server(
+                                Path(server or ""), model, Path(folder) / "llama-server.log",
+                                n_slots=width, n_ctx=n_ctx, n_threads=n_threads,
+                            )
+                        )  # fmt: skip
+                        with running as peer:
+                            burst(peer, warm, 4)
+                            load = burst(peer, asked, N_OUT)
+                        rows[length, width][kind].append(load)
+                        print(
+                            f"round {number + 1}  prompt {length:4}  streams {width:2}  {kind:12}  "
+                            f"{load.tokens_per_s:7.1f} tok/s  first {load.ttft_ms:8.0f} ms",
+                            flush=True,
+                        )
+            if 16 in widths:
+                slow = locked(model, prompts(16, lengths[0], seed=number), 1024, n_threads)
+                locked_tokens.append(slow)
+                print(f"round {number + 1}  prompt {lengths[0]:4}  streams 16  locked Llama  {slow:7.1f} tok/s")
+    report(rows, locked_tokens, lengths, options.json)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):6.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def report(
+    rows: dict[tuple[int, int], dict[str, list[Load]]], locked_tokens: list[float], lengths: list[int], path: Path
+) -> None:
+    """The table, the chart and the file."""
+    print("\nprompt streams   infsvc tok/s  llama-server   ratio (spread)              first token, ratio (spread)")
+    told = []
+    for (length, width), kinds in sorted(rows.items()):
+        ours, theirs = kinds["infsvc"], kinds.get("llama-server", [])
+        mine = statistics.median(load.tokens_per_s for load in ours)
+        line = f"{length:6} {width:7} {mine:14.1f}"
+        entry: dict[str, object] = {"prompt": length, "streams": width, "infsvc_tokens_per_s": mine}
+        if theirs:
+            peer = statistics.median(load.tokens_per_s for load in theirs)
+            speed = [a.tokens_per_s / b.tokens_per_s for a, b in zip(ours, theirs, strict=True)]
+            first = [a.ttft_ms / b.ttft_ms for a, b in zip(ours, theirs, strict=True)]
+            line += f" {peer:13.1f}  {_spread(speed)}  {_spread(first)}"
+            entry |= {"llama_server_tokens_per_s": peer, "ratios": speed, "ttft_ratios": first}
+        print(line)
+        told.append(entry)
+    wide = rows.get((lengths[0], 16), {}).get("infsvc", [])
+    if locked_tokens and wide:
+        ratios = [load.tokens_per_s / slow for load, slow in zip(wide, locked_tokens, strict=True)]
+        print(f"16 streams against Llama behind a lock: {_spread(ratios)}")
+        told.append({"streams": 16, "locked_ratios": ratios})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told, indent=1))
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(80, 18)
+    plotext.title(f"tokens/s by streams, prompt {lengths[0]}")
+    for kind in ("infsvc", "llama-server"):
+        points = [
+            (w, statistics.median(x.tokens_per_s for x in k[kind]))
+            for (n, w), k in sorted(rows.items())
+            if n == lengths[0] and k.get(kind)
+        ]
+        if points:
+            plotext.plot(*zip(*points, strict=True), label=kind)
+    plotext.show()
+
+
+if __name__ == "__main__":
+    main()
