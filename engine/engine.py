@@ -47,6 +47,7 @@ class EngineOptions:
         n_threads: of llama.cpp; 0 for one a core.
         n_gpu_layers: −1 for all that a GPU build can take.
         use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
+        flash_attention: whether it is the faster way on this CPU (likewise); on a GPU it always is.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class EngineOptions:
     n_threads: int = 0
     n_gpu_layers: int = -1
     use_extra_bufts: bool = True
+    flash_attention: bool = False
 
 
 class Engine:
@@ -202,7 +204,7 @@ class Engine:
             n_slots=options.n_slots,
             n_batch=N_BATCH,
             n_threads=options.n_threads or os.cpu_count() or 1,
-            on_gpu=on_gpu,
+            flash_attention=on_gpu or options.flash_attention,
         )
         self._context = context
         return context, Batch(N_BATCH, options.n_slots)

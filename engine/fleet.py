@@ -15,7 +15,7 @@ from typing import Any
 
 from engine import memory_fit
 from engine.model_info import ModelInfo, read_model_info
-from engine.probe import probe
+from engine.probe import ProbeResult, probe
 from engine.prompt import load_prompt_format
 from engine.scheduler import N_BATCH
 from engine.worker import Worker
@@ -71,7 +71,7 @@ class Fleet:
             for name, worker in settings.items()
         }
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._probe: asyncio.Task[bool] | None = None
+        self._probe: asyncio.Task[ProbeResult] | None = None
         self._reserved_bytes: dict[str, int] = {}
         self._stopping: set[str] = set()
 
@@ -216,7 +216,7 @@ class Fleet:
             if worker.engine is engine:
                 self._failed(worker, reason)
 
-        may_repack = await self._may_repack()
+        build = await self._build()
         # Imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first frame need
         # not wait.
         room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.engine")
@@ -230,7 +230,8 @@ class Fleet:
                 n_slots=worker.n_slots,
                 n_threads=worker.settings.model_threads,
                 n_gpu_layers=-1 if layers == "auto" else layers,
-                use_extra_bufts=may_repack,
+                use_extra_bufts=build.use_extra_bufts,
+                flash_attention=build.flash_attention,
             ),
             loop,
             on_progress=on_progress,
@@ -256,14 +257,14 @@ class Fleet:
         if worker.engine is engine:  # else it died meanwhile, and `_failed` has said so
             worker.move(ModelState.READY)
 
-    async def _may_repack(self) -> bool:
+    async def _build(self) -> ProbeResult:
         """The probe's answer, asked once a node; the demo model is what it decodes with."""
         if self._probe is None or (
             self._probe.done() and (self._probe.cancelled() or self._probe.exception() is not None)
         ):
             demo = self._home.shipped / Path("data/models/demo/model.gguf")
             if not demo.is_file():
-                return True
+                return ProbeResult()
             self._probe = asyncio.create_task(probe(demo, self._home.own("data/run/probe.json")), name="probe")
         return await asyncio.shield(self._probe)
 

@@ -259,7 +259,14 @@ class LlamaContext:
     from any."""
 
     def __init__(
-        self, model: LlamaModel, *, n_ctx: int, n_slots: int, n_batch: int, n_threads: int, on_gpu: bool
+        self,
+        model: LlamaModel,
+        *,
+        n_ctx: int,
+        n_slots: int,
+        n_batch: int,
+        n_threads: int,
+        flash_attention: bool = False,
     ) -> None:
         """Raises `LoadError` when the memory cannot be had."""
         params = lib.llama_context_default_params()
@@ -268,7 +275,7 @@ class LlamaContext:
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = False
-        params.flash_attn_type = _FLASH_ATTN_ON if on_gpu else _FLASH_ATTN_OFF
+        params.flash_attn_type = _FLASH_ATTN_ON if flash_attention else _FLASH_ATTN_OFF
         params.pooling_type = _POOLING_NONE
         params.embeddings = False
         params.no_perf = True

@@ -1,9 +1,10 @@
-"""Does this build of llama.cpp decode on this CPU? Proven once in a child process, because the wrong build ends the
-whole process.
+"""Does this build of llama.cpp decode on this CPU, and is flash attention faster on it? Found out once in a child
+process, because the wrong build ends the whole process.
 
 On CPUs with AMX a stock build crashes with quantised weights (llama.cpp issue 20824); `use_extra_bufts=False` is the
-way around. The answer is kept in the home by CPU and llama-cpp-python version. Run as `python -m engine.probe MODEL
-[--plain]`, this file is the child.
+way around. Flash attention halves the decode speed of some CPUs and quickens both prefill and decode on others, so it
+is measured: a prompt and some tokens with and without, in turn. The answers are kept in the home by CPU and
+llama-cpp-python version. Run as `python -m engine.probe MODEL [--plain]`, this file is the child.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ import hashlib
 import json
 import platform
 import sys
+import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infsvc.errors import LoadError
 from infsvc.home import app_root
 
+if TYPE_CHECKING:
+    from engine.llama import LlamaContext
+
 _TIMEOUT_S = 60.0
+_FLASH = b"flash attention"
+_N_PROMPT, _N_DECODE, _N_ROUNDS = 480, 16, 2
 
 
 def _fingerprint() -> str:
@@ -34,8 +42,16 @@ def _fingerprint() -> str:
     return hashlib.sha256(f"{platform.machine()} {flags} {build} {sys.prefix}".encode()).hexdigest()[:16]
 
 
-async def probe(model: Path, cache: Path) -> bool:
-    """Whether weights may be repacked for this CPU (`use_extra_bufts`).
+@dataclass(frozen=True)
+class ProbeResult:
+    """How to run models here: may weights be repacked for this CPU, and is flash attention worth it."""
+
+    use_extra_bufts: bool = True
+    flash_attention: bool = False
+
+
+async def probe(model: Path, cache: Path) -> ProbeResult:
+    """How this build runs on this CPU.
 
     Args:
         model: a small quantised file to decode with.
@@ -46,19 +62,18 @@ async def probe(model: Path, cache: Path) -> bool:
     """
     key = _fingerprint()
     known = _read(cache)
-    if known.get("key") == key and isinstance(known.get("use_extra_bufts"), bool):
-        return bool(known["use_extra_bufts"])
-    if await _decodes(model, plain=False):
-        answer = True
-    elif await _decodes(model, plain=True):
-        answer = False
-    else:
-        raise LoadError(
-            "llama.cpp, as it is installed, cannot decode on this CPU: "
-            "rebuild it for this machine with `make build-llama`"
-        )
-    _write(cache, {"key": key, "use_extra_bufts": answer})
-    return answer
+    kept = [known.get(name) for name in ProbeResult.__dataclass_fields__]
+    if known.get("key") == key and all(isinstance(answer, bool) for answer in kept):
+        return ProbeResult(*map(bool, kept))
+    for plain in (False, True):
+        flash_attention = await _decodes(model, plain=plain)
+        if flash_attention is not None:
+            result = ProbeResult(use_extra_bufts=not plain, flash_attention=flash_attention)
+            _write(cache, {"key": key} | asdict(result))
+            return result
+    raise LoadError(
+        "llama.cpp, as it is installed, cannot decode on this CPU: rebuild it for this machine with `make build-llama`"
+    )
 
 
 def _read(cache: Path) -> dict[str, Any]:
@@ -74,37 +89,67 @@ def _write(cache: Path, known: dict[str, Any]) -> None:
         cache.write_text(json.dumps(known))
 
 
-async def _decodes(model: Path, *, plain: bool) -> bool:
+async def _decodes(model: Path, *, plain: bool) -> bool | None:
+    """Whether flash attention was faster in a child that decodes; None when it did not."""
     command = [sys.executable, "-m", "engine.probe", str(model), *(["--plain"] if plain else [])]
     child = await asyncio.create_subprocess_exec(
         *command,
         cwd=app_root(),
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        return await asyncio.wait_for(child.wait(), _TIMEOUT_S) == 0
+        said, _ = await asyncio.wait_for(child.communicate(), _TIMEOUT_S)
     except TimeoutError:
-        return False
+        return None
     finally:
         if child.returncode is None:
             child.kill()
             await child.wait()
+    return said.strip().endswith(_FLASH) if child.returncode == 0 else None
 
 
 def _child(path: str, *, plain: bool) -> int:
-    from engine.llama import DECODE_OK, Batch, LlamaContext, LlamaModel
+    from engine.llama import LlamaContext, LlamaModel
 
     model = LlamaModel(Path(path), use_extra_bufts=not plain)
-    context = LlamaContext(model, n_ctx=128, n_slots=1, n_batch=128, n_threads=2, on_gpu=False)
-    batch = Batch(128, 1)
-    for start, n in ((0, 64), (64, 1)):
-        batch.clear()
-        position = batch.add(list(range(1, n + 1)), start=start, slot=0, draws=True)
-        if context.decode(batch) != DECODE_OK or not bool((context.logits(position) < float("inf")).all()):
-            return 1
+    contexts = {
+        flash: LlamaContext(
+            model, n_ctx=_N_PROMPT + _N_DECODE, n_slots=1, n_batch=_N_PROMPT, n_threads=2, flash_attention=flash
+        )
+        for flash in (False, True)
+    }
+    best = {flash: [float("inf"), float("inf")] for flash in contexts}
+    for _ in range(_N_ROUNDS):
+        for flash, context in contexts.items():
+            for kind, seconds in enumerate(_timed(context)):
+                best[flash][kind] = min(best[flash][kind], seconds)
+    (prefill, decode), (flash_prefill, flash_decode) = best[False], best[True]
+    if flash_prefill * flash_decode < prefill * decode:
+        sys.stdout.buffer.write(_FLASH)
     return 0
+
+
+def _timed(context: LlamaContext) -> tuple[float, float]:
+    """Seconds to read a prompt and to decode some tokens after it; the context is empty again afterwards."""
+    from engine.llama import DECODE_OK, Batch
+
+    batch = Batch(_N_PROMPT, 1)
+
+    def step(start: int, n: int) -> None:
+        batch.clear()
+        position = batch.add([1 + token % 200 for token in range(n)], start=start, slot=0, draws=True)
+        if context.decode(batch) != DECODE_OK or not bool((context.logits(position) < float("inf")).all()):
+            sys.exit(1)
+
+    begun_s = time.perf_counter()
+    step(0, _N_PROMPT)
+    read_s = time.perf_counter()
+    for past in range(_N_DECODE - 1):
+        step(_N_PROMPT + past, 1)
+    context.forget(0)
+    return read_s - begun_s, time.perf_counter() - read_s
 
 
 if __name__ == "__main__":

@@ -54,11 +54,18 @@ def write_model(folder: Path) -> Path:
     import llama_cpp
 
     full, small = folder / "q8.gguf", folder / "model.gguf"
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), ctypes.c_void_p(0))
     write_large_model(full)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     params.allow_requantize = True
-    if llama_cpp.llama_model_quantize(str(full).encode(), str(small).encode(), ctypes.byref(params)) != 0:
+    kept, quiet = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 2)  # llama.cpp tells of each tensor
+    try:
+        rc = llama_cpp.llama_model_quantize(str(full).encode(), str(small).encode(), ctypes.byref(params))
+    finally:
+        os.dup2(kept, 2)
+    if rc != 0:
         raise SystemExit("the model could not be quantised")
     full.unlink()
     return small

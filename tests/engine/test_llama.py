@@ -37,7 +37,7 @@ def model(tiny_model: Path) -> Iterator[LlamaModel]:
 
 @pytest.fixture
 def context(model: LlamaModel) -> Iterator[LlamaContext]:
-    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1, on_gpu=False)
+    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1)
     yield context
     context.close()
 
@@ -63,13 +63,13 @@ def test_two_sequences_in_one_batch_get_what_each_gets_alone(model: LlamaModel, 
     prompts = [PROMPT, [7, 8, 9]]
     alone = []
     for prompt in prompts:
-        context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1, on_gpu=False)
+        context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1)
         batch.clear()
         position = batch.add(prompt, start=0, slot=0, draws=True)
         assert context.decode(batch) == DECODE_OK
         alone.append(context.logits(position).copy())
         context.close()
-    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1, on_gpu=False)
+    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1)
     batch.clear()
     positions = [batch.add(prompt, start=0, slot=slot, draws=True) for slot, prompt in enumerate(prompts)]
     assert context.decode(batch) == DECODE_OK
@@ -155,7 +155,7 @@ def test_a_slot_that_does_not_exist_cannot_be_forgotten(context: LlamaContext) -
 
 
 def test_a_closed_context_refuses_everything(model: LlamaModel, batch: Batch) -> None:
-    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1, on_gpu=False)
+    context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1)
     batch.add(PROMPT, start=0, slot=0, draws=True)
     chain = SamplerChain(spec(temperature=1.0))
     context.close()
@@ -180,7 +180,7 @@ def test_a_closed_model_refuses_everything(tiny_model: Path, batch: Batch) -> No
         lambda: model.tokenize("hello", add_special=False, parse_special=True),
         lambda: model.piece(200, special=False),
         lambda: model.token_text(1),
-        lambda: LlamaContext(model, n_ctx=256, n_slots=1, n_batch=64, n_threads=1, on_gpu=False),
+        lambda: LlamaContext(model, n_ctx=256, n_slots=1, n_batch=64, n_threads=1),
     ):
         with pytest.raises(LlamaError, match="closed"):
             use()
@@ -287,11 +287,11 @@ def test_what_the_header_check_refuses_never_reaches_llama_cpp(tiny_model: Path,
 
 def test_a_context_of_no_tokens_is_refused(model: LlamaModel) -> None:
     with pytest.raises(LoadError, match="CTX_SIZE"):
-        LlamaContext(model, n_ctx=0, n_slots=1, n_batch=64, n_threads=1, on_gpu=False)
+        LlamaContext(model, n_ctx=0, n_slots=1, n_batch=64, n_threads=1)
 
 
 def test_a_full_sequence_is_answered_and_its_batch_may_be_tried_again(model: LlamaModel) -> None:
-    context = LlamaContext(model, n_ctx=256, n_slots=1, n_batch=200, n_threads=1, on_gpu=False)
+    context = LlamaContext(model, n_ctx=256, n_slots=1, n_batch=200, n_threads=1)
     batch = Batch(200, 1)
     batch.add([1] * 200, start=0, slot=0, draws=True)
     assert context.decode(batch) == DECODE_OK
@@ -330,7 +330,7 @@ def test_a_batch_aborted_anywhere_leaves_nothing_behind(model: LlamaModel) -> No
     callback = llama_cpp.ggml_abort_callback(stop)
 
     def fresh() -> tuple[LlamaContext, Batch, list[int]]:
-        context = LlamaContext(model, n_ctx=256, n_slots=3, n_batch=64, n_threads=1, on_gpu=False)
+        context = LlamaContext(model, n_ctx=256, n_slots=3, n_batch=64, n_threads=1)
         batch = Batch(64, 3)
         places = [batch.add(prompt, start=0, slot=slot, draws=True) for slot, prompt in enumerate(prompts)]
         llama_cpp.llama_set_abort_callback(context.handle, callback, None)

@@ -15,9 +15,10 @@ async def test_this_build_decodes_and_the_answer_is_kept(tiny_model: Path, tmp_p
     cache = tmp_path / "probe.json"
     answer = await probe(tiny_model, cache)
     kept = json.loads(cache.read_text())
-    assert kept["use_extra_bufts"] is answer
+    assert kept["use_extra_bufts"] is answer.use_extra_bufts
+    assert kept["flash_attention"] is answer.flash_attention
     # The second time no file is decoded: there is none.
-    assert await probe(tmp_path / "missing.gguf", cache) is answer
+    assert await probe(tmp_path / "missing.gguf", cache) == answer
 
 
 @pytest.mark.parametrize("damage", ["[]", "partial"])

@@ -108,7 +108,7 @@ def test_a_token_that_left_the_window_costs_nothing() -> None:
 def drawn(tiny_model: Path) -> object:
     """A function that draws `n` tokens from the same logits with a spec."""
     model = LlamaModel(tiny_model)
-    context = LlamaContext(model, n_ctx=256, n_slots=1, n_batch=64, n_threads=1, on_gpu=False)
+    context = LlamaContext(model, n_ctx=256, n_slots=1, n_batch=64, n_threads=1)
     batch = Batch(64, 1)
     position = batch.add([5, 6, 7], start=0, slot=0, draws=True)
     context.decode(batch)
