@@ -98,38 +98,71 @@ class WorkerSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model_name: str
+    """The model's name on every door; the worker file's middle when not given."""
     model_url: str = ""
+    """An https address of the model's file, where it is in no repository."""
     model_repo: str = ""
+    """The repository on the hub that holds the file, as owner/name."""
     model_file: str = ""
+    """The file's name in MODEL_REPO."""
     model_sha256: Annotated[str, Field(pattern=r"^([0-9a-fA-F]{64})?$")] = ""
+    """What the file must hash to, 64 hexadecimal digits; empty trusts the hub's own checksum."""
     model_path: str = ""
+    """Where the file lies, relative to the home."""
     model_format: Literal["auto", "template", "harmony", "embedding"] = "auto"
+    """How prompts are made: `auto` reads it from the file."""
     http_addr: Annotated[str, BeforeValidator(_address_text)] = ""
+    """The model's own port, host:port; an empty host is INFSVC_BIND, empty altogether is no port of its own."""
     subject: str = ""
+    """The NATS subject that takes requests."""
     stream_name: str = ""
+    """The JetStream stream of the model's durable queue."""
     queue_durable: str = ""
+    """The durable consumer that all nodes with this model share."""
     queue_group: str = ""
+    """The queue group of the nodes that listen on SUBJECT."""
     response_prefix: str = "inference.reply"
+    """Answers without a reply subject go to `<RESPONSE_PREFIX>.<req_id>`."""
     monitoring_topic: str = "monitoring.inference"
+    """Backpressure reports go to `<MONITORING_TOPIC>.<model>`."""
     backpressure_threshold: Annotated[int, Field(ge=1)] = 5
+    """Waiting requests from which the level is `warning`; from twice as many it is `critical`."""
     harmony_reasoning_level: Literal["low", "medium", "high"] = "medium"
+    """How long a Harmony model thinks when a request does not say."""
     harmony_extract_final: bool = True
+    """Whether a Harmony answer's text is its final channel alone."""
     harmony_model_identity: str = "ChatGPT, a large language model trained by OpenAI"
+    """The first sentence of the Harmony system message."""
     harmony_knowledge_cutoff: str = "2024-06"
+    """The knowledge cut-off that the Harmony system message names."""
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    """Sequences decoded in one batch; each has a context of CTX_SIZE."""
     ctx_size: Annotated[int, Field(ge=0, le=2**24)] = 4096
+    """Tokens of one sequence, prompt and answer together; 0 is what the model was trained on."""
     model_threads: Annotated[int, Field(ge=0, le=512)] = 0
+    """Threads of llama.cpp; 0 is one a core."""
     gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Layers on the GPU; `auto` is all that fit, 0 is none."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """How an embedding is made of a text's tokens; `auto` is what the file says."""
     queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
+    """Requests that may wait, over HTTP and NATS together; one more is refused with `queue_full`."""
     queue_max_age: Seconds = 86400.0
+    """How long a durable request may wait."""
     ack_wait: Seconds = 10.0
+    """After how long without a sign of life a durable request goes to another node."""
     max_deliver: Annotated[int, Field(ge=1)] = 5
+    """How often a durable request is tried before it is a dead letter."""
     max_ack_pending: Annotated[int, Field(ge=1)] = 64
+    """Durable requests that may be at work at once, over all nodes."""
     dedupe_window: Seconds = 600.0
+    """How long a repeated `req_id` gets the same answer again."""
     data_dir: str = "data"
+    """Where MODEL_PATH and DB_PATH begin when they are not given."""
     db_path: str = ""
+    """The model's audit file."""
     nats_url: str = ""
+    """May repeat INFSVC_NATS_URL; another value is an error."""
 
     _file: str | None = PrivateAttr(None)
     _lines: dict[str, int] = PrivateAttr(default_factory=dict)
@@ -182,16 +215,27 @@ class NodeSettings(BaseSettings):
         return (init_settings,)  # what `load_node_settings` read, and no other environment
 
     bind: str = "127.0.0.1"
+    """The host for every empty host in an address."""
     gateway: Annotated[str, BeforeValidator(_address_text)] = ":5780"
+    """The address that serves every model."""
     nats_url: str = "nats://127.0.0.1:5700"
+    """The broker; several servers are separated by commas."""
     embedded_nats: Literal["auto", "off"] = "auto"
+    """`auto` starts a broker when nothing listens at a single address of this machine; `off` never does."""
     api_keys: str = ""
+    """Keys that HTTP clients must send, separated by commas; empty asks for none."""
     tls_cert: str = ""
+    """A certificate file for https, with INFSVC_TLS_KEY."""
     tls_key: str = ""
+    """The certificate's key file."""
     allow_open: bool = False
+    """Whether a port may be open to other machines without keys."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least level that is logged."""
     memory_limit: Bytes | None = None
+    """Memory for all models together, as 800M or 16G."""
     node: str = Field(default_factory=lambda: socket.gethostname().split(".")[0] or "node")
+    """The node's name in logs, audit rows and on the bus; the host's when not given."""
 
     @property
     def gateway_address(self) -> Address:
