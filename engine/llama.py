@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,64 @@ _FLASH_ATTN_OFF, _FLASH_ATTN_ON = 0, 1
 # it answers 1 for "1" and 0 for "0", and ggml reads the answer as a bool.
 _C = ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt
 _ABORT = ctypes.cast(_C.atoi, lib.ggml_abort_callback)
+
+
+_SHARED = Path(lib.__file__).parent / "lib"
+_POLL = 50
+"""How long a thread spins for the next graph before it sleeps, 0 to 100: ggml's own default."""
+
+
+class _ThreadPoolParams(ctypes.Structure):
+    """`struct ggml_threadpool_params` of ggml.h."""
+
+    _fields_ = [
+        ("cpumask", ctypes.c_bool * 512),
+        ("n_threads", ctypes.c_int),
+        ("prio", ctypes.c_int),
+        ("poll", ctypes.c_uint32),
+        ("strict_cpu", ctypes.c_bool),
+        ("paused", ctypes.c_bool),
+    ]
+
+
+class _ThreadPool:
+    """Threads that stay between two graphs.
+
+    Without one, a build without OpenMP starts and ends its threads for every graph: a tenth of a step on a quiet
+    machine, and many steps beside busy neighbours, because a new thread waits for its first turn. llama_cpp binds none
+    of these functions.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        base, cpu, llama = (ctypes.CDLL(str(_library(name))) for name in ("ggml-base", "ggml-cpu", "llama"))
+        defaults = base.ggml_threadpool_params_default
+        defaults.restype, defaults.argtypes = _ThreadPoolParams, [ctypes.c_int]
+        make, self._free = cpu.ggml_threadpool_new, cpu.ggml_threadpool_free
+        make.restype, make.argtypes = ctypes.c_void_p, [ctypes.POINTER(_ThreadPoolParams)]
+        self._free.restype, self._free.argtypes = None, [ctypes.c_void_p]
+        self._attach = llama.llama_attach_threadpool
+        self._attach.restype, self._attach.argtypes = None, [ctypes.c_void_p] * 3
+        params = defaults(n_threads)
+        params.poll = _POLL
+        self._handle: int | None = make(ctypes.byref(params))
+        if not self._handle:
+            raise LlamaError(f"no memory for {n_threads} threads")
+
+    def attach(self, context: Any) -> None:
+        """Gives the threads to a context, for prefill and decode."""
+        self._attach(context, self._handle, self._handle)
+
+    def close(self) -> None:
+        """Ends the threads; the context they were given to is freed before. Safe to call twice."""
+        if self._handle:
+            self._free(self._handle)
+            self._handle = None
+
+
+def _library(name: str) -> Path:
+    """A shared library that lies in the llama_cpp package."""
+    endings = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}
+    return _SHARED / endings.get(sys.platform, f"lib{name}.so")
 
 
 def supports_gpu() -> bool:
@@ -291,6 +350,8 @@ class LlamaContext:
             raise LoadError(
                 "llama.cpp cannot make the context: too little memory for the KV cache, or an unknown architecture"
             )
+        self._pool = _ThreadPool(n_threads)
+        self._pool.attach(self._handle)
         self._memory = lib.llama_get_memory(self._handle)
         self.n_ctx: int = lib.llama_n_ctx_seq(self._handle)
         self.n_batch: int = lib.llama_n_batch(self._handle)
@@ -300,6 +361,7 @@ class LlamaContext:
         if self._handle:
             lib.llama_free(self._handle)
             self._handle = None
+            self._pool.close()
 
     @property
     def handle(self) -> Any:
