@@ -7,7 +7,11 @@
     ├── LlamaError               a call that llama.cpp would have answered with an abort
     ├── LoadError                a model file cannot become a running model
     │   ├── ModelFileError       missing, truncated, not a GGUF
-    │   └── MemoryFitError       would not fit into memory
+    │   ├── MemoryFitError       would not fit into memory
+    │   └── DownloadError        its file cannot be fetched
+    │       ├── NoSource         the worker file names no place to fetch it from
+    │       ├── DiskFull         needs more room than the disk has
+    │       └── DownloadStopped  someone stopped it; what has come is kept
     └── RequestError             one request cannot be served; has a code and a status
         ├── BadRequest           400
         │   ├── ContextLengthExceeded
@@ -30,6 +34,16 @@ A `RequestError` makes its own sentence and knows its `code` (a word) and `statu
 from __future__ import annotations
 
 from typing import Any, ClassVar
+
+
+def human_bytes(n_bytes: float) -> str:
+    """A size as people write it: 812 B, 3.4 MiB, 11.3 GiB."""
+    value, unit = float(n_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 class InfsvcError(Exception):
@@ -76,6 +90,39 @@ class MemoryFitError(LoadError):
             f"needs {needed_bytes / 2**30:.1f} GiB ({parts}) and {free_bytes / 2**30:.1f} GiB are free: "
             "lower CTX_SIZE or WORKER_CONCURRENCY, unload another model, or load with force"
         )
+
+
+class DownloadError(LoadError):
+    """A model's file cannot be fetched; the sentence is the reason shown beside its `failed` state."""
+
+
+class NoSource(DownloadError):
+    """The file is absent and the worker file does not say where it comes from."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"{path} is missing, and the worker file names no source: put the file there, "
+            "or set MODEL_REPO and MODEL_FILE, or MODEL_URL"
+        )
+
+
+class DiskFull(DownloadError):
+    """A download needs more room than its disk has."""
+
+    def __init__(self, *, folder: str, needed_bytes: int, free_bytes: int) -> None:
+        self.folder, self.needed_bytes, self.free_bytes = folder, needed_bytes, free_bytes
+        super().__init__(
+            f"{human_bytes(needed_bytes)} are still to come and {human_bytes(free_bytes)} are free in {folder}: "
+            "make room and pull again, or name a path on another disk with MODEL_PATH"
+        )
+
+
+class DownloadStopped(DownloadError):
+    """Someone stopped the download."""
+
+    def __init__(self) -> None:
+        super().__init__("the download was stopped; what has come is kept for the next one")
 
 
 class RequestError(InfsvcError):
@@ -203,7 +250,8 @@ class ModelNotLoaded(RequestError):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Retry-After": "2"} if self.state == "loading" else {}
+        seconds = {"loading": "2", "downloading": "10", "verifying": "5"}.get(self.state)
+        return {"Retry-After": seconds} if seconds else {}
 
 
 class Draining(RequestError):

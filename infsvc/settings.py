@@ -14,6 +14,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -176,6 +177,15 @@ class WorkerSettings(BaseSettings):
     def _plain_name(cls, value: str) -> str:
         if not _NAME.match(value):
             raise ValueError("letters, digits, dots, dashes and underscores, at most 64")
+        return value
+
+    @field_validator("model_url")
+    @classmethod
+    def _safe_url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        local = parts.scheme == "http" and is_loopback(parts.hostname or "")
+        if value and not (parts.hostname and (parts.scheme == "https" or local)):
+            raise ValueError("an address that begins with https:// (http:// on this machine only)")
         return value
 
     @model_validator(mode="before")
@@ -350,6 +360,10 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
             raise ConfigError(f"{_sentence(first)}, in the environment", key=key.upper()) from None
         raise ConfigError(_sentence(first), file=shown, line=lines.get(key), key=key.upper()) from None
     settings._file, settings._lines = shown, lines
+    if bool(settings.model_repo) != bool(settings.model_file):
+        raise settings.wrong(
+            "MODEL_REPO" if settings.model_repo else "MODEL_FILE", "MODEL_REPO and MODEL_FILE go together"
+        )
     if settings.nats_url and settings.nats_url != node.nats_url:
         raise settings.wrong(
             "NATS_URL",
