@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def kept(target: Path) -> bytes:
     return part_of(target).read_bytes() if part_of(target).exists() else b""
 
 
+def until_kept(target: Path, n_bytes: int) -> None:
+    """Waits until so much lies on the disk; a file has no event for that."""
+    deadline = time.monotonic() + 20
+    while len(kept(target)) < n_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_a_file_of_a_repository_arrives_verified_and_leaves_nothing_beside_it(hub: FakeHub, target: Path) -> None:
     notes = Notes()
     fetched = fetch(from_hub(target, notes))
@@ -145,15 +154,17 @@ def test_a_restart_goes_on_where_the_stop_was(hub: FakeHub, target: Path) -> Non
     first = from_hub(target, patience=Patience())
     first.start()
     assert hub.stalled.wait(10)
+    until_kept(target, 200_000)
     first.stop()
     with pytest.raises(DownloadStopped):
         first.done.result(5)
     assert first.join(5)
     first.stop()
-    assert kept(target) == CONTENT[:300_000]
+    had = kept(target)
+    assert CONTENT.startswith(had)
     hub.n_body_bytes = 0
     fetched = fetch(from_hub(target))
-    assert (fetched.resumed_bytes, hub.n_body_bytes) == (300_000, len(CONTENT) - 300_000)
+    assert (fetched.resumed_bytes, hub.n_body_bytes) == (len(had), len(CONTENT) - len(had))
     assert target.read_bytes() == CONTENT
 
 
@@ -170,12 +181,10 @@ def test_kill_9_in_mid_file_costs_only_what_had_not_come(hub: FakeHub, target: P
     hub.stall_at = 500_000
     child = subprocess.Popen([sys.executable, "-c", CHILD, REPO, FILE, str(target)], env=os.environ | {"HF_TOKEN": ""})
     assert hub.stalled.wait(30)
-    while len(kept(target)) < 400_000:
-        assert child.poll() is None
+    until_kept(target, 400_000)
     child.send_signal(signal.SIGKILL)
     child.wait()
     had = len(kept(target))
-    hub.release.set()
     hub.n_body_bytes = 0
     assert fetch(from_hub(target)).resumed_bytes == had
     assert hub.n_body_bytes == len(CONTENT) - had
@@ -191,8 +200,8 @@ def test_a_server_that_ignores_ranges_begins_anew(hub: FakeHub, target: Path) ->
 
 def test_a_server_that_ignores_ranges_and_never_ends_is_given_up(hub: FakeHub, target: Path) -> None:
     hub.ignore_range, hub.truncate_at = True, [600_000] * 50
-    assert "0.6 MiB have come and are kept" in refused(from_hub(target)).replace("585.9 KiB", "0.6 MiB")
-    assert len(hub.bodies) == QUICK.n_tries + 1
+    assert "585.9 KiB have come and are kept" in refused(from_hub(target))
+    assert len(hub.bodies) == QUICK.n_tries
 
 
 def test_a_file_that_changed_meanwhile_begins_anew(hub: FakeHub, target: Path) -> None:
@@ -267,13 +276,16 @@ def test_a_plain_addresss_refusal_is_final_and_keeps_its_query(
 
 
 def test_what_may_pass_is_tried_again(hub: FakeHub, target: Path) -> None:
-    hub.statuses = [503, 429, 403]
+    hub.statuses = [503, 429]
     fetch(from_hub(target))
-    assert len(hub.bodies) == 4
-    hub.statuses = [500] * 10
     target.unlink()
+    hub.statuses = [403]
+    fetch(from_hub(target))
+    target.unlink()
+    hub.asked.clear()
+    hub.statuses = [500] * 10
     assert "answered 500" in refused(from_hub(target))
-    assert len(hub.bodies) == 4 + QUICK.n_tries
+    assert len(hub.bodies) == QUICK.n_tries
 
 
 def test_a_web_page_is_no_model(hub: FakeHub, target: Path) -> None:
@@ -349,8 +361,6 @@ def test_too_little_room_is_told_with_figures_before_a_byte_comes(
 
 
 def test_a_disk_that_fills_up_keeps_what_has_come(hub: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    truncate_at = 0
-
     class FullDisk:
         """A file that takes no more than so many bytes."""
 
@@ -375,13 +385,9 @@ def test_a_disk_that_fills_up_keeps_what_has_come(hub: FakeHub, target: Path, mo
     each.start()
     with pytest.raises(DiskFull):
         each.done.result(10)
-    assert truncate_at < len(kept(target)) <= 300_000
-    monkeypatch.undo()
-    os.environ["HF_ENDPOINT"] = hub.endpoint
-    try:
-        assert fetch(from_hub(target)).resumed_bytes > 0
-    finally:
-        del os.environ["HF_ENDPOINT"]
+    assert 0 < len(kept(target)) <= 300_000
+    monkeypatch.setattr(Download, "_receive", receive)
+    assert fetch(from_hub(target)).resumed_bytes > 0
 
 
 def test_a_folder_that_cannot_be_made_says_so(hub: FakeHub, tmp_path: Path) -> None:
