@@ -142,7 +142,7 @@ class Download:
         self._remote = RemoteFile(None, None)
         self._resumed_bytes = 0
         self._received: deque[tuple[float, int]] = deque()
-        self._told_s = 0.0
+        self._have = 0
 
     def start(self) -> None:
         """Begins, in its own thread."""
@@ -353,22 +353,35 @@ class Download:
         return start
 
     async def _receive(self, source: Source, response: httpx2.Response, part: BinaryIO, start: int) -> None:
-        have, total = start, self._remote.total_bytes
         self._received.clear()
-        self._tell(have)
-        async for chunk in response.aiter_raw():
-            if have == 0 and not _MAGIC.startswith(chunk[:4]) and not chunk.startswith(_MAGIC):
-                forget_part(self.target)
-                raise _no_model(source, "a web page" if chunk.lstrip()[:1] == b"<" else "something else")
-            part.write(chunk)
-            have += len(chunk)
-            self._tell(have)
+        self._have = start
+        # By the clock and not by the chunk: a server that stalls shows as a rate that falls to nothing.
+        ticker = asyncio.create_task(self._tick(), name="progress")
+        try:
+            await self._write(source, response, part)
+        finally:
+            ticker.cancel()
         part.flush()
+        have, total = self._have, self._remote.total_bytes
+        self._tell()
         if total is not None and have < total:
             raise _Interrupted(f"the body ended after {human_bytes(have)} of {human_bytes(total)}")
         if total is not None and have > total:
             forget_part(self.target)
             raise DownloadError(f"{source.shown} sent more than its {human_bytes(total)}: pull again")
+
+    async def _write(self, source: Source, response: httpx2.Response, part: BinaryIO) -> None:
+        async for chunk in response.aiter_raw():
+            if self._have == 0 and not _MAGIC.startswith(chunk[:4]) and not chunk.startswith(_MAGIC):
+                forget_part(self.target)
+                raise _no_model(source, "a web page" if chunk.lstrip()[:1] == b"<" else "something else")
+            part.write(chunk)
+            self._have += len(chunk)
+
+    async def _tick(self) -> None:
+        while True:
+            self._tell()
+            await asyncio.sleep(_TELL_S)
 
     async def _verified(self, source: Source) -> Fetched:
         """Checks what lies on the disk and puts it where it belongs."""
@@ -376,7 +389,7 @@ class Download:
         total = part.stat().st_size
         expected = source.sha256 or self._remote.sha256 or ""
         digest = hashlib.sha256()
-        self._told_s = 0.0
+        told_s = 0.0
         with part.open("r+b") as stream:
             os.fsync(stream.fileno())
             magic, done = stream.read(4), 0
@@ -387,7 +400,9 @@ class Download:
             while block := stream.read(_BLOCK_BYTES):
                 digest.update(block)
                 done += len(block)
-                self._tell(done, verifying=True)
+                if time.monotonic() - told_s >= _TELL_S or done == total:
+                    told_s = time.monotonic()
+                    self._on_progress(Progress(done, total, verifying=True))
                 await asyncio.sleep(0)  # where a stop takes effect
         found = digest.hexdigest()
         if expected and found != expected:
@@ -402,23 +417,14 @@ class Download:
         verified = "sha256" if expected else "size" if self._remote.total_bytes is not None else "nothing"
         return Fetched(self.target, total, self._resumed_bytes, verified, found)
 
-    def _tell(self, done: int, *, verifying: bool = False) -> None:
-        now = time.monotonic()
-        total = self._remote.total_bytes or 0
-        last = bool(total) and done == total
-        if now - self._told_s < _TELL_S and not last:
-            return
-        self._told_s = now
-        if verifying:
-            self._on_progress(Progress(done, total or self._part_bytes(), verifying=True))
-            return
+    def _tell(self) -> None:
+        now, done, total = time.monotonic(), self._have, self._remote.total_bytes or 0
         self._received.append((now, done))
-        while now - self._received[0][0] > _RATE_S and len(self._received) > 2:
+        while now - self._received[0][0] > _RATE_S:
             self._received.popleft()
         since_s, before = self._received[0]
         rate = (done - before) / (now - since_s) if now > since_s else None
-        eta_s = (total - done) / rate if rate and total else None
-        self._on_progress(Progress(done, total, rate, eta_s))
+        self._on_progress(Progress(done, total, rate, (total - done) / rate if rate and total else None))
 
     def _identity(self, source: Source) -> str:
         """Names the source in a file without giving away what its address may hold."""

@@ -1,6 +1,8 @@
-"""All models of a node and their lifecycle: load beside the loop, drain, unload; one that cannot load fails alone.
+"""All models of a node and their lifecycle: fetch, load beside the loop, drain, unload; one that cannot load fails
+alone.
 
-Loop thread. Headers, templates and the probe run in a small pool; a model's weights are read by its own engine thread.
+Loop thread. Headers, templates and the probe run in a small pool; a model's weights are read by its own engine thread,
+and its missing file is fetched by a download's own thread.
 """
 
 from __future__ import annotations
@@ -10,21 +12,26 @@ import importlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import memory_fit
 from engine.model_info import ModelInfo, read_model_info
+from engine.model_source import describe
 from engine.probe import ProbeResult, probe
 from engine.prompt import load_prompt_format
 from engine.scheduler import N_BATCH
 from engine.worker import Worker
 from infsvc.audit import AuditSink
-from infsvc.errors import LoadError, UnknownModel
+from infsvc.errors import DownloadError, LoadError, NoSource, UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home
 from infsvc.settings import WorkerSettings
 from infsvc.types import Capability, ModelState
+
+if TYPE_CHECKING:
+    from engine.download import Download
 
 log = logging.getLogger("infsvc.fleet")
 
@@ -32,6 +39,8 @@ DRAIN_S = 30.0
 """How long an unload waits for running work before it ends it."""
 
 _JOIN_S = 20.0
+_DEMO = Path("data/models/demo/model.gguf")
+_PULLING = (ModelState.DOWNLOADING, ModelState.VERIFYING)
 
 
 class Fleet:
@@ -58,8 +67,9 @@ class Fleet:
         self._home = home
         self._memory_limit_bytes = memory_limit_bytes
         self.pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="prompt")
-        self.workers: dict[str, Worker] = {
-            name: Worker(
+
+        def make(worker: WorkerSettings) -> Worker:
+            return Worker(
                 worker,
                 path=home.find(worker.model_path),
                 events=events,
@@ -68,12 +78,22 @@ class Fleet:
                 start_time=start_time,
                 endpoint=endpoint(worker),
             )
-            for name, worker in settings.items()
-        }
+
+        self._make = make
+        self.workers: dict[str, Worker] = {name: make(worker) for name, worker in settings.items()}
+        self._downloads: dict[str, Download] = {}
+        self._forced: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._reserved_bytes: dict[str, int] = {}
         self._stopping: set[str] = set()
+
+    def add(self, settings: WorkerSettings) -> Worker:
+        """Takes a new worker file's model in, as if it had been there at the start."""
+        worker = self.workers[settings.model_name] = self._make(settings)
+        if worker.state is ModelState.ON_DISK:
+            self._spawn(worker.name, self._look(worker))
+        return worker
 
     def get(self, name: str) -> Worker:
         """The model by its name, or `UnknownModel`."""
@@ -90,7 +110,7 @@ class Fleet:
 
     def load(self, name: str, *, force: bool = False) -> Worker:
         """Begins to load; returns at once. Does nothing for a model that is loading or ready; one on its way out is
-        loaded again when it is out.
+        loaded again when it is out. A missing file is fetched first, if the worker file says from where.
 
         Raises:
             UnknownModel: no worker file has that name.
@@ -101,10 +121,75 @@ class Fleet:
         if worker.state is ModelState.DRAINING or name in self._stopping:
             if not asked:
                 self._spawn(name, self._load_again(worker, before, force=force))
+        elif worker.state in _PULLING:
+            # It goes on to load when the file is there.
+            self._forced |= {name} if force else set()
         elif worker.state not in (ModelState.LOADING, ModelState.READY):
-            worker.move(ModelState.LOADING)
+            worker.move(ModelState.DOWNLOADING if self._is_to_fetch(worker) else ModelState.LOADING)
             self._spawn(name, self._load(worker, before, force=force))
         return worker
+
+    def pull(self, name: str) -> Worker:
+        """Begins to fetch a model's missing file; returns at once. Does nothing where the file is there or on its way.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+            NoSource: the file is missing and the worker file does not say where it comes from.
+        """
+        worker = self.get(name)
+        if worker.state in (ModelState.ABSENT, ModelState.ON_DISK, ModelState.FAILED):
+            if self._is_to_fetch(worker):
+                worker.asked = False
+                worker.move(ModelState.DOWNLOADING)
+                self._spawn(name, self._load(worker, self._tasks.get(name), force=False))
+            elif not self._file(worker).is_file():
+                raise NoSource(worker.settings.model_path)
+            elif worker.state is not ModelState.ON_DISK:
+                worker.asked = False
+                self._rest(worker)
+        return worker
+
+    def remove_file(self, name: str) -> int:
+        """Removes the file of a model that is not in memory, with what has come of an unfinished download.
+
+        Returns:
+            The bytes that were freed.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+            LoadError: the file is in use, is not there, ships with infsvc, or is a user's own.
+        """
+        from engine.download import forget_part, part_of
+
+        worker = self.get(name)
+        if worker.state not in (ModelState.ABSENT, ModelState.ON_DISK, ModelState.FAILED):
+            raise LoadError(f"{name} is {worker.state.replace('_', ' ')}: unload it before its file is removed")
+        path = self._file(worker)
+        parts = [each for each in (path, part_of(path)) if each.is_file()]
+        if not parts:
+            raise LoadError(f"{path} is not there")
+        ships = path.resolve() == (self._home.shipped / _DEMO).resolve()
+        ours = bool(describe(worker.settings)) or path.resolve().is_relative_to(self._home.root.resolve())
+        if path.is_file() and (ships or not ours):
+            raise LoadError(f"{path} was not fetched by infsvc and could not be fetched again: remove it yourself")
+        n_bytes = sum(each.stat().st_size for each in parts)
+        try:
+            path.unlink(missing_ok=True)
+            forget_part(path)
+        except OSError as error:
+            raise LoadError(f"{path} cannot be removed ({error.strerror or error})") from error
+        worker.asked, worker.info, worker.claims = False, None, ()
+        worker.path = self._file(worker)
+        self._rest(worker)
+        worker.note("info", "model.removed", f"{path} was removed", bytes=n_bytes)
+        return n_bytes
+
+    def _file(self, worker: Worker) -> Path:
+        """Where the model's file is, or would be."""
+        return self._home.find(worker.settings.model_path)
+
+    def _is_to_fetch(self, worker: Worker) -> bool:
+        return bool(describe(worker.settings)) and not self._file(worker).exists()
 
     async def settled(self, name: str) -> Worker:
         """Waits until what was begun with the model has ended, well or not."""
@@ -114,7 +199,7 @@ class Fleet:
 
     async def unload(self, name: str, *, grace_s: float = DRAIN_S) -> None:
         """Refuses new work, waits `grace_s` for what runs, ends the rest and frees the memory. A second call ends it at
-        once."""
+        once. A download is stopped; what has come of it is kept."""
         worker = self.get(name)
         worker.asked = False
         if worker.state is ModelState.DRAINING:
@@ -125,6 +210,11 @@ class Fleet:
             self._stopping.add(name)
             if worker.engine is not None:
                 worker.engine.close()
+            await self.settled(name)
+        elif worker.state in _PULLING:
+            self._stopping.add(name)
+            if (download := self._downloads.get(name)) is not None:
+                download.stop()
             await self.settled(name)
         elif worker.state is ModelState.READY:
             worker.move(ModelState.DRAINING)
@@ -171,10 +261,20 @@ class Fleet:
         try:
             if before is not None:
                 await asyncio.wait([before])
-            worker.path = self._home.find(worker.settings.model_path)
+            if worker.state in _PULLING:
+                await self._fetch(worker)
+                if not worker.asked:
+                    self._rest(worker)
+                    await self._look(worker)
+                    return
+                worker.move(ModelState.ON_DISK)
+                worker.move(ModelState.LOADING)
+            worker.path = self._file(worker)
+            if not worker.path.exists() and not describe(worker.settings):
+                raise NoSource(worker.settings.model_path)
             info = await self._header(worker)
             worker.learn(info)
-            self._check(worker, info, force=force)
+            self._check(worker, info, force=force or worker.name in self._forced)
             await self._start_engine(worker, info)
         except LoadError as error:
             self._not_loaded(worker, str(error))
@@ -183,6 +283,48 @@ class Fleet:
             self._not_loaded(worker, f"the load failed: {error}")
         finally:
             self._stopping.discard(worker.name)
+            self._forced.discard(worker.name)
+
+    async def _fetch(self, worker: Worker) -> None:
+        """Fetches the model's file in a thread of its own. Raises `DownloadError`."""
+        # Imports an HTTP client, which only a download needs.
+        room = await asyncio.get_running_loop().run_in_executor(self.pool, importlib.import_module, "engine.download")
+        if worker.name in self._stopping:
+            raise DownloadError("the download was stopped")
+        loop = asyncio.get_running_loop()
+
+        def tell(call: Callable[..., None], *values: Any) -> None:
+            with suppress(RuntimeError):  # the loop has ended, and the download hears so in a moment
+                loop.call_soon_threadsafe(call, *values)
+
+        target = self._home.root / worker.settings.model_path
+        download = room.Download(
+            worker.settings,
+            target,
+            on_progress=lambda progress: tell(worker.pulling, progress),
+            on_note=lambda *note: tell(worker.note, *note),
+        )
+        self._downloads[worker.name] = download
+        worker.note("info", "model.download", f"{target} is fetched from {describe(worker.settings)}")
+        download.start()
+        try:
+            fetched = await asyncio.wrap_future(download.done)
+        except asyncio.CancelledError:
+            download.stop()
+            raise
+        finally:
+            del self._downloads[worker.name]
+            await loop.run_in_executor(None, download.join, _JOIN_S)
+        worker.path = fetched.path
+        by = {"sha256": "its SHA-256", "size": "its size alone, as no MODEL_SHA256 is set"}.get(fetched.verified)
+        worker.note(
+            "info" if fetched.verified == "sha256" else "warning",
+            "model.fetched",
+            f"{fetched.path} is there, {f'verified by {by}' if by else 'not verified'}",
+            bytes=fetched.total_bytes,
+            resumed_bytes=fetched.resumed_bytes,
+            sha256=fetched.sha256,
+        )
 
     def _not_loaded(self, worker: Worker, reason: str) -> None:
         if worker.name in self._stopping:
@@ -262,7 +404,7 @@ class Fleet:
         if self._probe is None or (
             self._probe.done() and (self._probe.cancelled() or self._probe.exception() is not None)
         ):
-            demo = self._home.shipped / Path("data/models/demo/model.gguf")
+            demo = self._home.shipped / _DEMO
             if not demo.is_file():
                 return ProbeResult()
             self._probe = asyncio.create_task(probe(demo, self._home.own("data/run/probe.json")), name="probe")

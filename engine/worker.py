@@ -40,6 +40,7 @@ from infsvc.types import (
 )
 
 if TYPE_CHECKING:
+    from engine.download import Progress
     from engine.engine import Engine
 
 
@@ -58,7 +59,8 @@ class Worker:
     Attributes:
         asked: whether someone wants it to run.
         reason: why it failed.
-        progress: 0..1 while it loads.
+        progress: 0..1 while it loads, is fetched or verified.
+        pull: the figures of a download while one runs.
         requests: live requests by req_id, in order of arrival.
         n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
     """
@@ -84,6 +86,7 @@ class Worker:
         self.state = ModelState.ON_DISK if path.is_file() else ModelState.ABSENT
         self.reason: str | None = None
         self.progress: float | None = None
+        self.pull: Progress | None = None
         self.info: ModelInfo | None = None
         self.claims: tuple[CapabilityClaim, ...] = ()
         self.engine: Engine | None = None
@@ -147,7 +150,7 @@ class Worker:
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         """Goes to another state and says so."""
-        self.state, self.reason, self.progress = state, reason, None
+        self.state, self.reason, self.progress, self.pull = state, reason, None, None
         self._events.publish(ModelStateChanged(model=self.name, state=state, reason=reason))
         level = "error" if state is ModelState.FAILED else "info"
         code = "model.loaded" if state is ModelState.READY else f"model.{state}"
@@ -164,6 +167,23 @@ class Worker:
             self.progress = fraction
             total = self.info.file_bytes if self.info else 0
             self._events.publish(ModelProgress(model=self.name, done_bytes=round(fraction * total), total_bytes=total))
+
+    def pulling(self, progress: Progress) -> None:
+        """Notes how far a download is; its last part, the verification, is a state of its own."""
+        if progress.verifying and self.state is ModelState.DOWNLOADING:
+            self.move(ModelState.VERIFYING)
+        if self.state in (ModelState.DOWNLOADING, ModelState.VERIFYING):
+            self.pull = progress
+            self.progress = progress.done_bytes / progress.total_bytes if progress.total_bytes else None
+            self._events.publish(
+                ModelProgress(
+                    model=self.name,
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    bytes_per_s=progress.bytes_per_s,
+                    eta_s=progress.eta_s,
+                )
+            )
 
     def prompt(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -27,6 +27,7 @@ from infsvc.errors import UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home, HomeLock
 from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
+from infsvc.worker_file import write_worker
 from storage.audit_log import AuditLog, AuditReader
 from storage.node_state import NodeState
 from transports.logs import NodeLog
@@ -190,6 +191,39 @@ class Node:
         if server is not None:
             await server.close()
         self._remember()
+
+    async def pull(self, name: str) -> Worker:
+        """Begins to fetch the model's missing file; returns at once.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+            NoSource: its worker file does not say where the file comes from.
+        """
+        return self.fleet.pull(name)
+
+    async def remove_file(self, name: str) -> int:
+        """Removes the file of a model that is not in memory; the bytes that were freed.
+
+        Raises:
+            UnknownModel: no worker file has that name.
+            LoadError: the file is in use, is not there, or is not infsvc's to remove.
+        """
+        return self.fleet.remove_file(name)
+
+    async def add_worker(self, values: Mapping[str, str]) -> Worker:
+        """Writes a worker file into the home and takes its model in.
+
+        Args:
+            values: the file's keys, MODEL_NAME among them.
+
+        Raises:
+            ConfigError: a value is wrong, or the name or the port is another model's.
+        """
+        settings = write_worker(
+            self.home, self.settings, values, [each.settings for each in self.fleet.workers.values()]
+        )
+        self._audits[settings.model_name] = AuditLog(self.home.root / settings.db_path)
+        return self.fleet.add(settings)
 
     def system(self) -> SystemUsage:
         """Memory, read now; some microseconds."""

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, get_args
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.model_source import describe
 from engine.worker import Worker
 from infsvc.audit import AuditStatus
-from infsvc.errors import BadRequest, ConfigError, StartError, UnknownRequest
+from infsvc.errors import BadRequest, ConfigError, LoadError, StartError, UnknownRequest
 from infsvc.events import Subscription
 from infsvc.types import ModelState
 from transports.http.body import query, read_object, shown
@@ -90,6 +91,8 @@ class Admin:
             "last_seen": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "uptime": max(0, round((now - started).total_seconds() * 1e9)),
             "response_time_ms": response_time_ms,
+            "state": worker.state.value,
+            "file": self._file(worker),
             "claims": [
                 {"capability": claim.capability.value, "present": claim.present, "evidence": claim.evidence}
                 for claim in worker.claims
@@ -97,6 +100,24 @@ class Admin:
             "engine": asdict(worker.counters)
             | {"mean_batch_sequences": round(worker.counters.mean_batch_sequences, 3)},
         }
+
+    @staticmethod
+    def _file(worker: Worker) -> dict[str, Any]:
+        """The model's file: where it is or would be, where it comes from, and how far a download of it is."""
+        facts: dict[str, Any] = {
+            "path": str(worker.path),
+            "size_bytes": worker.path.stat().st_size if worker.path.is_file() else None,
+            "source": describe(worker.settings) or None,
+        }
+        if worker.pull is not None:
+            pull = worker.pull
+            facts |= {
+                "done_bytes": pull.done_bytes,
+                "total_bytes": pull.total_bytes,
+                "bytes_per_s": pull.bytes_per_s,
+                "eta_s": pull.eta_s,
+            }
+        return facts
 
     async def requests(self, request: Request) -> Json:
         """`GET /api/requests`: what runs and waits, in order of arrival; `position` counts those that wait from 1."""
@@ -136,6 +157,26 @@ class Admin:
             raise CannotLoad(str(error)) from error
         return Json({"model": worker.name, "state": worker.state.value}, status_code=202)
 
+    async def pull(self, request: Request) -> Json:
+        """`POST /api/models/<m>/pull`: begins to fetch the model's missing file; progress is on `/api/events`."""
+        query(request)
+        await _no_fields(request)
+        try:
+            worker = await self._node.pull(request.path_params["model"])
+        except LoadError as error:
+            raise CannotLoad(str(error)) from error
+        return Json({"model": worker.name, "state": worker.state.value}, status_code=202)
+
+    async def remove_file(self, request: Request) -> Json:
+        """`DELETE /api/models/<m>/file`: removes the file of a model that is not in memory."""
+        query(request)
+        name = request.path_params["model"]
+        try:
+            n_bytes = await self._node.remove_file(name)
+        except LoadError as error:
+            raise CannotLoad(str(error)) from error
+        return Json({"model": name, "freed_bytes": n_bytes})
+
     async def unload(self, request: Request) -> Json:
         """`POST /api/models/<m>/unload`: answers when the memory is free."""
         query(request)
@@ -167,6 +208,12 @@ class Admin:
             quiet=comment("quiet"),
             quiet_s=QUIET_S,
         )
+
+
+async def _no_fields(request: Request) -> None:
+    """Refuses a body with fields in it; none at all is welcome."""
+    for key in await read_object(request) if await request.body() else ():
+        raise BadRequest(f"{shown(key)}: there is no such field", param=shown(key))
 
 
 async def _until_free(worker: Worker, subscription: Subscription) -> None:

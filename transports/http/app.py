@@ -50,6 +50,8 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         Route("/api/requests/{req_id:path}", admin.cancel, methods=["DELETE"]),
         Route("/api/models/{model}/load", admin.load, methods=["POST"]),
         Route("/api/models/{model}/unload", admin.unload, methods=["POST"]),
+        Route("/api/models/{model}/pull", admin.pull, methods=["POST"]),
+        Route("/api/models/{model}/file", admin.remove_file, methods=["DELETE"]),
     ]
     table = [
         f"{method} {route.path_format}" for route in routes for method in sorted((route.methods or set()) - {"HEAD"})

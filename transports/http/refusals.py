@@ -33,7 +33,7 @@ class Forbidden(RequestError):
 
 
 class CannotLoad(RequestError):
-    """409: a model's port cannot be opened; the sentence says which and what to do."""
+    """409: a model's port cannot be opened, or its file not fetched or removed; the sentence says what to do."""
 
     status = 409
     code = "cannot_load"
