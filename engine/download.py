@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 
 import httpx2
 
+from engine.model_file import facts_of, forget_part, part_of
 from engine.model_source import RemoteFile, Source, may_ask, refusal, source_of
 from infsvc import __version__
 from infsvc.errors import DiskFull, DownloadError, DownloadStopped, NoSource, human_bytes
@@ -93,21 +94,6 @@ class _Interrupted(Exception):
     def __init__(self, reason: str, *, retry_after_s: float = 0.0) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(reason)
-
-
-def part_of(target: Path) -> Path:
-    """Where an unfinished download of `target` lies."""
-    return target.with_name(target.name + ".part")
-
-
-def forget_part(target: Path) -> None:
-    """Removes an unfinished download of `target`."""
-    for path in (part_of(target), _facts_of(target)):
-        path.unlink(missing_ok=True)
-
-
-def _facts_of(target: Path) -> Path:
-    return target.with_name(target.name + ".part.json")
 
 
 class Download:
@@ -413,7 +399,7 @@ class Download:
                 "pull again" + (", or check MODEL_SHA256" if source.sha256 else "")
             )
         part.replace(self.target)
-        _facts_of(self.target).unlink(missing_ok=True)
+        facts_of(self.target).unlink(missing_ok=True)
         verified = "sha256" if expected else "size" if self._remote.total_bytes is not None else "nothing"
         return Fetched(self.target, total, self._resumed_bytes, verified, found)
 
@@ -433,7 +419,7 @@ class Download:
     def _facts(self, source: Source) -> dict[str, Any]:
         """What is known of the unfinished download, or nothing when it is of another file."""
         try:
-            kept = json.loads(_facts_of(self.target).read_text())
+            kept = json.loads(facts_of(self.target).read_text())
         except (OSError, ValueError):
             return {}
         if not isinstance(kept, dict) or kept.get("source") != self._identity(source):
@@ -444,7 +430,7 @@ class Download:
 
     def _remember(self, source: Source) -> None:
         facts = {"source": self._identity(source), "etag": self._remote.etag, "total_bytes": self._remote.total_bytes}
-        path = _facts_of(self.target)
+        path = facts_of(self.target)
         fresh = path.with_name(path.name + ".new")
         fresh.write_text(json.dumps(facts))
         fresh.replace(path)

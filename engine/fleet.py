@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import memory_fit
+from engine.model_file import DEMO, remove_file
 from engine.model_info import ModelInfo, read_model_info
 from engine.model_source import describe
 from engine.probe import ProbeResult, probe
@@ -39,7 +40,6 @@ DRAIN_S = 30.0
 """How long an unload waits for running work before it ends it."""
 
 _JOIN_S = 20.0
-_DEMO = Path("data/models/demo/model.gguf")
 _PULLING = (ModelState.DOWNLOADING, ModelState.VERIFYING)
 
 
@@ -159,25 +159,11 @@ class Fleet:
             UnknownModel: no worker file has that name.
             LoadError: the file is in use, is not there, ships with infsvc, or is a user's own.
         """
-        from engine.download import forget_part, part_of
-
         worker = self.get(name)
         if worker.state not in (ModelState.ABSENT, ModelState.ON_DISK, ModelState.FAILED):
             raise LoadError(f"{name} is {worker.state.replace('_', ' ')}: unload it before its file is removed")
         path = self._file(worker)
-        parts = [each for each in (path, part_of(path)) if each.is_file()]
-        if not parts:
-            raise LoadError(f"{path} is not there")
-        ships = path.resolve() == (self._home.shipped / _DEMO).resolve()
-        ours = bool(describe(worker.settings)) or path.resolve().is_relative_to(self._home.root.resolve())
-        if path.is_file() and (ships or not ours):
-            raise LoadError(f"{path} was not fetched by infsvc and could not be fetched again: remove it yourself")
-        n_bytes = sum(each.stat().st_size for each in parts)
-        try:
-            path.unlink(missing_ok=True)
-            forget_part(path)
-        except OSError as error:
-            raise LoadError(f"{path} cannot be removed ({error.strerror or error})") from error
+        n_bytes = remove_file(self._home, worker.settings)
         worker.asked, worker.info, worker.claims = False, None, ()
         worker.path = self._file(worker)
         self._rest(worker)
@@ -404,7 +390,7 @@ class Fleet:
         if self._probe is None or (
             self._probe.done() and (self._probe.cancelled() or self._probe.exception() is not None)
         ):
-            demo = self._home.shipped / _DEMO
+            demo = self._home.shipped / DEMO
             if not demo.is_file():
                 return ProbeResult()
             self._probe = asyncio.create_task(probe(demo, self._home.own("data/run/probe.json")), name="probe")

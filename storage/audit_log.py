@@ -19,6 +19,7 @@ from typing import Any
 import aiosqlite
 
 from infsvc.audit import EventRow, RequestRow, columns
+from infsvc.errors import AuditUnavailable
 
 log = logging.getLogger("infsvc.audit")
 
@@ -216,9 +217,16 @@ class AuditReader:
         self._logs = logs
 
     async def rows(
-        self, model: str, *, limit: int, status: str | None = None, since: float | None = None
+        self,
+        model: str,
+        *,
+        limit: int,
+        status: str | None = None,
+        since: float | None = None,
+        after_id: int | None = None,
     ) -> list[dict[str, Any]]:
-        """A model's newest requests first. No file yet means no rows; an unknown model is a KeyError."""
+        """A model's newest requests first. No file yet means no rows; an unknown model is a KeyError. With `after_id`,
+        the first `limit` rows that came after that one, the newest of them first."""
         where: list[str] = ["1=1"]
         values: list[Any] = []
         if status is not None:
@@ -227,6 +235,9 @@ class AuditReader:
         if since is not None:
             where.append("ts >= ?")
             values.append(since)
+        if after_id is not None:
+            sql = f"SELECT * FROM requests WHERE {' AND '.join(where)} AND id > ? ORDER BY id LIMIT ?"
+            return (await self._query(model, sql, [*values, after_id, limit]))[::-1]
         return await self._query(
             model, f"SELECT * FROM requests WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?", [*values, limit]
         )
@@ -248,4 +259,6 @@ class AuditReader:
                 # The file is there and its tables are not yet.
                 if "no such table" in str(error):
                     return []
-                raise
+                raise AuditUnavailable(f"{path} cannot be read: {error}") from error
+            except sqlite3.DatabaseError as error:
+                raise AuditUnavailable(f"{path} is no audit file: {error}; move it away") from error

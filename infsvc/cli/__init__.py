@@ -12,6 +12,9 @@ _COMMANDS = {
     "serve": "Run a node without a screen.",
     "chat": "Ask a model, once or in a conversation.",
     "status": "Say what runs, once.",
+    "models": "List the models, fetch and remove their files.",
+    "logs": "Print a model's audit rows.",
+    "doctor": "Look at everything a node needs.",
     "start": "Load a model: in the running node, or in a new one in the background.",
     "stop": "Unload a model, or end the node.",
 }

@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 import httpx2
 
+from infsvc.cli.models import show_pull
 from infsvc.cli.outcome import fail, friendly
+from infsvc.cli.progress import ProgressLine
 from infsvc.cli.remote import checked, node_client
 from infsvc.errors import InfsvcError
 from infsvc.home import Home, app_root
@@ -31,10 +33,14 @@ _STOP_S = 15.0
 @click.option("--force", is_flag=True, help="Load it even if it seems not to fit into memory.")
 @friendly
 def start(model: str, force: bool) -> None:
-    """Load MODEL: in the node that runs on this home, or in a new one in the background. Waits until it is ready."""
+    """Load MODEL: in the node that runs on this home, or in a new one in the background. Waits until it is ready.
+
+    A missing model file is fetched first.
+    """
     home = Home.locate()
     if home.running_node() is None:
         _spawn(home, model)
+    _await_gateway(home)
     with node_client(None) as client:
         checked(client.post(f"/api/models/{model}/load", json={"force": force}))
         _await_ready(client, model)
@@ -85,12 +91,24 @@ def _spawn(home: Home, model: str) -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if child.poll() is not None:
+            # Another start may have been quicker: its node is as good.
+            if home.running_node() is not None:
+                return
             raise InfsvcError(f"the node ended at once: {_last_line(output)} (see {output})")
         running = home.running_node()
         if running and running.get("pid") == child.pid:
             return
         time.sleep(_POLL_S)
     fail(f"the node has not started within {_START_S:g} s: see {output}")
+
+
+def _await_gateway(home: Home) -> None:
+    """Waits until the node that holds this home says where its gateway is."""
+    deadline = time.monotonic() + _START_S
+    while not (running := home.running_node()) or not running.get("gateway"):
+        if running is None or time.monotonic() > deadline:
+            fail("the node that ran on this home has ended, or does not start: see its log")
+        time.sleep(_POLL_S)
 
 
 def _python_path() -> str:
@@ -106,12 +124,17 @@ def _last_line(path: Path) -> str:
 
 
 def _await_ready(client: httpx2.Client, model: str) -> None:
+    """Waits for the model. A download may take as long as it takes; a load may not."""
     deadline = time.monotonic() + _LOAD_S
-    while time.monotonic() < deadline:
-        service = checked(client.get(f"/api/services/{model}"))
-        if service["status"] == "online":
-            return
-        if service["status"] in ("failed", "offline"):
-            fail(f"{model} is {service['status']}: {service.get('reason') or 'it was unloaded'}")
-        time.sleep(_POLL_S)
+    with ProgressLine(model) as line:
+        while time.monotonic() < deadline:
+            service = checked(client.get(f"/api/services/{model}"))
+            if service["status"] == "online":
+                return
+            if service["status"] in ("failed", "offline"):
+                fail(f"{model} is {service['status']}: {service.get('reason') or 'it was unloaded'}")
+            if service["state"] in ("downloading", "verifying"):
+                show_pull(line, service)
+                deadline = time.monotonic() + _LOAD_S
+            time.sleep(_POLL_S)
     fail(f"{model} is not ready after {_LOAD_S:g} s: see `infsvc status`")

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from engine import download
-from engine.download import Download, Fetched, Patience, Progress, part_of
+from engine.download import Download, Fetched, Patience, Progress
+from engine.model_file import part_of
 from engine.model_source import source_of
 from infsvc.errors import DiskFull, DownloadError, DownloadStopped, NoSource
 from infsvc.settings import WorkerSettings
