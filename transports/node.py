@@ -23,7 +23,7 @@ from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import __version__
 from infsvc.audit import EventRow
-from infsvc.errors import UnknownModel
+from infsvc.errors import ConfigError, UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home, HomeLock
 from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
@@ -217,8 +217,11 @@ class Node:
             values: the file's keys, MODEL_NAME among them.
 
         Raises:
-            ConfigError: a value is wrong, or the name or the port is another model's.
+            ConfigError: a value is wrong, the name or the port is another model's, or MODEL_PATH names no file.
         """
+        path = values.get("MODEL_PATH")
+        if path and not (values.get("MODEL_URL") or values.get("MODEL_REPO")) and not self.home.find(path).is_file():
+            raise ConfigError(f"there is no file {self.home.find(path)}", key="MODEL_PATH")
         settings = write_worker(
             self.home, self.settings, values, [each.settings for each in self.fleet.workers.values()]
         )

@@ -23,7 +23,14 @@ from textual.widgets import Static
 from textual.worker import Worker
 
 from infsvc.errors import InfsvcError, UnknownModel
-from tui.messages import ChatRequested, LoadRequested, UnloadRequested
+from tui.messages import (
+    ChatRequested,
+    LoadRequested,
+    NewWorkerRequested,
+    PullRequested,
+    RemoveRequested,
+    UnloadRequested,
+)
 from tui.themes import DARK, LIGHT
 
 if TYPE_CHECKING:
@@ -33,6 +40,7 @@ if TYPE_CHECKING:
     from tui.screens.chat import ChatScreen
     from tui.screens.fleet import FleetScreen
     from tui.screens.logs import LogsScreen
+    from tui.screens.models import ModelsScreen
 
 
 def _node_commands() -> type[Provider]:
@@ -61,9 +69,11 @@ class InfsvcApp(App[int]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f1", "go('fleet')", show=False, priority=True, id="app.fleet", tooltip="Fleet (also 1)"),
         Binding("f2", "go('chat')", show=False, priority=True, id="app.chat", tooltip="Chat (also 2)"),
+        Binding("f4", "go('models')", show=False, priority=True, id="app.models", tooltip="Models (also 4)"),
         Binding("f5", "go('logs')", show=False, priority=True, id="app.logs", tooltip="Logs (also 5)"),
         Binding("1", "go('fleet')", show=False, id="app.fleet.digit"),
         Binding("2", "go('chat')", show=False, id="app.chat.digit"),
+        Binding("4", "go('models')", show=False, id="app.models.digit"),
         Binding("5", "go('logs')", show=False, id="app.logs.digit"),
         Binding("question_mark,f12", "help", "help", key_display="?", id="app.help", tooltip="These keys (also F12)"),
         Binding("ctrl+p", "command_palette", show=False, priority=True, id="app.palette", tooltip="Find a command"),
@@ -90,6 +100,7 @@ class InfsvcApp(App[int]):
         self.theme = DARK.name
         self._fleet: FleetScreen | None = None
         self._chat: ChatScreen | None = None
+        self._models: ModelsScreen | None = None
         self._logs: LogsScreen | None = None
 
     def compose(self) -> ComposeResult:
@@ -125,12 +136,14 @@ class InfsvcApp(App[int]):
         from tui.screens.chat import ChatScreen
         from tui.screens.fleet import FleetScreen
         from tui.screens.logs import LogsScreen
+        from tui.screens.models import ModelsScreen
 
         context = Context(node, self._clock, self._monotonic, self._animated)
         if self._leaving.is_set():
             context.phase = "draining"
         self._fleet, self._chat, self._logs = FleetScreen(context), ChatScreen(context), LogsScreen(context)
-        for screen in (self._fleet, self._chat, self._logs):
+        self._models = ModelsScreen(context)
+        for screen in (self._fleet, self._chat, self._models, self._logs):
             self.add_mode(screen.NAME, lambda screen=screen: screen)  # type: ignore[misc]
         await self.switch_mode("fleet")
         node.events.listen(self._hear)
@@ -145,7 +158,7 @@ class InfsvcApp(App[int]):
         if self._exit:
             return
         if isinstance(event, ModelStateChanged) and event.state is ModelState.FAILED:
-            if self.current_mode == "fleet":
+            if self.current_mode in ("fleet", "models"):
                 return  # it stands there, with its reason
             self._warn(f"{event.model} failed", event.reason or "")
         elif isinstance(event, BrokerStateChanged) and event.state == "down":
@@ -237,6 +250,39 @@ class InfsvcApp(App[int]):
         told = f"{plural(n, 'request')} at work on {message.model}. They get 30 s, then end as cancelled."
         self.push_screen(Question(told, "unload"), decide)
 
+    def on_pull_requested(self, message: PullRequested) -> None:
+        self._begin(self._pull(message.model), f"pull-{message.model}")
+
+    def on_remove_requested(self, message: RemoveRequested) -> None:
+        from engine.model_source import describe
+        from tui.screens.dialogs import Question
+
+        worker = self._node.fleet.workers.get(message.model)
+        if worker is None:
+            return
+
+        def decide(yes: bool | None) -> None:
+            if yes:
+                self._begin(self._remove(message.model), f"remove-{message.model}")
+
+        again = (
+            "It can be fetched again." if describe(worker.settings) else "Nothing says where to fetch it from again."
+        )
+        self.push_screen(Question(f"Remove the file {_clean(str(worker.path))}? {again}", "remove"), decide)
+
+    async def on_new_worker_requested(self, message: NewWorkerRequested) -> None:
+        from tui.screens.new_worker import NewWorkerDialog
+
+        def tell(name: str | None) -> None:
+            if name is not None and self._models is not None:
+                self._models.show_model(name)
+                self.notify("p fetches its file, l loads it", title=_clean(f"{name} is there"), markup=False)
+
+        if self.context is None or isinstance(self.screen, NewWorkerDialog):
+            return
+        await self.action_go("models")
+        self.push_screen(NewWorkerDialog(self._node, blink=self._animated), tell)
+
     async def on_chat_requested(self, message: ChatRequested) -> None:
         if self._chat is not None:
             self._chat.model = message.model
@@ -257,6 +303,22 @@ class InfsvcApp(App[int]):
             await self._node.load(model)
         except InfsvcError as error:
             self._warn(f"{model} was not loaded", str(error))
+
+    async def _pull(self, model: str) -> None:
+        try:
+            await self._node.pull(model)
+        except InfsvcError as error:
+            self._warn(f"{model} is not fetched", str(error))
+
+    async def _remove(self, model: str) -> None:
+        from tui.wording import size
+
+        try:
+            freed = await self._node.remove_file(model)
+        except InfsvcError as error:
+            self._warn("nothing was removed", str(error))
+        else:
+            self.notify(f"{size(freed)} are free", title=_clean(f"{model}'s file is gone"), markup=False)
 
     async def _unload(self, model: str) -> None:
         try:

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, cast
 from textual.command import DiscoveryHit, Hit, Hits, Provider
 from textual.types import IgnoreReturnCallbackType
 
+from engine.model_source import describe
 from infsvc.types import ModelState
-from tui.messages import ChatRequested, LoadRequested, UnloadRequested
+from tui.messages import (
+    ChatRequested,
+    LoadRequested,
+    NewWorkerRequested,
+    PullRequested,
+    RemoveRequested,
+    UnloadRequested,
+)
 from tui.widgets.tab_line import SCREENS
 
 if TYPE_CHECKING:
@@ -34,11 +42,24 @@ class NodeCommands(Provider):
                     "Make this model ready",
                     partial(app.post_message, LoadRequested(worker.name)),
                 )
+            elif worker.state is ModelState.ABSENT and describe(worker.settings):
+                load = partial(app.post_message, LoadRequested(worker.name))
+                yield f"Load {worker.name}", "Fetch its file, then make this model ready", load
+            elif worker.state in (ModelState.DOWNLOADING, ModelState.VERIFYING):
+                stop = partial(app.post_message, UnloadRequested(worker.name))
+                yield f"Stop the pull of {worker.name}", "What has come is kept", stop
             elif worker.state in (ModelState.READY, ModelState.LOADING):
                 unload = partial(app.post_message, UnloadRequested(worker.name))
                 yield f"Unload {worker.name}", "Drain this model and free its memory", unload
+            if worker.state in (ModelState.ABSENT, ModelState.FAILED) and describe(worker.settings):
+                pull = partial(app.post_message, PullRequested(worker.name))
+                yield f"Pull {worker.name}", "Fetch this model's file", pull
+            if worker.state is ModelState.ON_DISK:
+                remove = partial(app.post_message, RemoveRequested(worker.name))
+                yield f"Remove the file of {worker.name}", "Asks first", remove
             chat = partial(app.post_message, ChatRequested(worker.name))
             yield f"Chat with {worker.name}", "Go to Chat with this model", chat
+        yield "New worker", "Write a worker file for another model", partial(app.post_message, NewWorkerRequested())
         yield "Toggle theme", "Dark or light", app.action_toggle_theme
         yield "Help", "The keys of this screen", app.action_help
         yield "Quit", "End the node; asks when requests run", app.action_quit

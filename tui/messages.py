@@ -43,6 +43,26 @@ class UnloadRequested(Message):
         self.model = model
 
 
+class PullRequested(Message):
+    """Fetch a model's file."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class RemoveRequested(Message):
+    """Remove a model's file; asks first."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class NewWorkerRequested(Message):
+    """Fill in the form of a new worker file."""
+
+
 class ChatRequested(Message):
     """Go to the chat with this model."""
 

@@ -71,6 +71,22 @@ def state_of(worker: WorkerView) -> Shown:
     return Shown("○", "absent" if state is ModelState.ABSENT else "on disk", "muted")
 
 
+def pull_pace(worker: WorkerView) -> str:
+    """Rate and time left of a download, or "": 48.0 MiB/s 2 min. At most 18 cells."""
+    pull = worker.pull
+    if pull is None or pull.bytes_per_s is None:
+        return ""
+    left = f" {time_left(pull.eta_s)}" if pull.eta_s is not None else ""
+    return f"{size(pull.bytes_per_s)}/s{left}"
+
+
+def time_left(seconds: float) -> str:
+    """A time that is left: 8 s, 4 min, 2 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{min(999, seconds / 3600):.0f} h"
+
+
 def level_mark(level: str) -> Shown:
     """The backpressure level: `▲` warning, `■` critical, nothing while healthy."""
     marks = {"warning": Shown("▲", "warning", "warning"), "critical": Shown("■", "critical", "error")}
@@ -110,8 +126,8 @@ def span(values: Iterable[float]) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """A size in bytes: 3.1 GiB, 640 MiB."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+    """A size in bytes: 3.1 GiB, 640.0 MiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 1000 * 2**20 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def gauge(fraction: float, width: int = 8) -> str:

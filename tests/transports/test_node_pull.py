@@ -128,6 +128,7 @@ async def test_a_new_worker_is_written_served_and_found_again(
         ({"MODEL_NAME": "ok", "MODEL_FILE": "b"}, "MODEL_FILE"),
         ({"MODEL_NAME": "ok", "HTTP_ADDR": ":4321"}, "HTTP_ADDR"),
         ({"MODEL_NAME": "ok", "MODEL_FILE": "a\nb"}, "MODEL_FILE"),
+        ({"MODEL_NAME": "ok", "MODEL_PATH": "/nowhere/model.gguf"}, "MODEL_PATH"),
     ],
 )
 async def test_a_wrong_new_worker_names_its_key_and_leaves_no_file(

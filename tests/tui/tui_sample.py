@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,14 @@ class SampleStats:
 
 
 @dataclass
+class SamplePull:
+    done_bytes: int = 0
+    total_bytes: int = 0
+    bytes_per_s: float | None = None
+    eta_s: float | None = None
+
+
+@dataclass
 class SampleCounters:
     n_steps: int = 0
     n_decode_tokens: int = 0
@@ -88,6 +96,8 @@ class SampleWorker:
         self.state = state
         self.reason: str | None = None
         self.progress: float | None = None
+        self.pull: SamplePull | None = None
+        self.path = Path(self.settings.model_path)
         self.asked = state not in (ModelState.ON_DISK, ModelState.ABSENT)
         self.info: ModelInfo | None = None
         self.claims: tuple[CapabilityClaim, ...] = ()
@@ -260,6 +270,28 @@ class SampleNode:
 
     async def unload(self, name: str) -> None:
         self.calls.append(f"unload {name}")
+
+    async def pull(self, name: str) -> SampleWorker:
+        self.calls.append(f"pull {name}")
+        if self.load_error is not None:
+            raise self.load_error
+        return self.fleet.workers[name]
+
+    async def remove_file(self, name: str) -> int:
+        self.calls.append(f"remove {name}")
+        if self.load_error is not None:
+            raise self.load_error
+        return 250 * 2**20
+
+    async def add_worker(self, values: Mapping[str, str]) -> SampleWorker:
+        """Checks like the real one and writes nothing."""
+        if self.load_error is not None:
+            raise self.load_error
+        self.calls.append(f"add {dict(values)}")
+        keys = {key.lower(): value for key, value in values.items() if value}
+        worker = SampleWorker(keys.pop("model_name"), ModelState.ABSENT, **keys)
+        self.fleet.workers[worker.name] = worker
+        return worker
 
     def system(self) -> SampleSystem:
         return SampleSystem()

@@ -13,7 +13,7 @@ from textual.content import Content
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from tui.messages import ChatRequested, LoadRequested, UnloadRequested
+from tui.messages import ChatRequested, LoadRequested, PullRequested, UnloadRequested
 from tui.node_view import NodeView, ready_first
 from tui.screens.base import Dialog
 from tui.widgets.model_facts import detail
@@ -76,6 +76,7 @@ class ModelDetail(Dialog[None]):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("l", "load", "load", id="detail.load", tooltip="Load this model"),
         Binding("u", "unload", "unload", id="detail.unload", tooltip="Unload this model"),
+        Binding("p", "pull", "pull", id="detail.pull", tooltip="Fetch this model's file"),
         Binding("t", "chat", "chat", id="detail.chat", tooltip="Chat with this model"),
     ]
 
@@ -87,6 +88,7 @@ class ModelDetail(Dialog[None]):
         with VerticalScroll():
             yield Static("", id="facts")
         hint = Content.assemble(("l", "$accent bold"), " load  ", ("u", "$accent bold"), " unload  ",
+                                ("p", "$accent bold"), " pull  ",
                                 ("t", "$accent bold"), " chat  ", ("esc", "$accent bold"), " close")  # fmt: skip
         yield Static(hint, classes="hint")
 
@@ -111,6 +113,9 @@ class ModelDetail(Dialog[None]):
 
     def action_unload(self) -> None:
         self.app.post_message(UnloadRequested(self._model))
+
+    def action_pull(self) -> None:
+        self.app.post_message(PullRequested(self._model))
 
     def action_chat(self) -> None:
         self.dismiss(None)

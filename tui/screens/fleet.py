@@ -12,7 +12,7 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import Input, Static
 
-from tui.messages import ChatRequested, DetailRequested, LoadRequested, ModelHighlighted, UnloadRequested
+from tui.messages import ChatRequested, DetailRequested, LoadRequested, ModelHighlighted, PullRequested, UnloadRequested
 from tui.node_view import WorkerView
 from tui.screens.base import NodeScreen
 from tui.screens.dialogs import ModelDetail
@@ -30,7 +30,8 @@ class FleetScreen(NodeScreen):
     CSS_PATH = "fleet.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("l", "load", "load", id="fleet.load", tooltip="Load the model under the cursor"),
-        Binding("u", "unload", "unload", id="fleet.unload", tooltip="Unload it; asks while it is at work"),
+        Binding("u", "unload", "unload", id="fleet.unload", tooltip="Unload it, or stop its pull; asks if it works"),
+        Binding("p", "pull", "pull", id="fleet.pull", tooltip="Fetch its file"),
         Binding("t", "chat", "chat", id="fleet.chat", tooltip="Chat with it"),
         Binding("c", "copy_curl", "curl", id="fleet.curl", tooltip="Copy a command that asks it over HTTP"),
         Binding("slash", "filter", "filter", key_display="/", id="fleet.filter", tooltip="Filter the models"),
@@ -158,6 +159,10 @@ class FleetScreen(NodeScreen):
     def action_unload(self) -> None:
         if worker := self.chosen:
             self.app.post_message(UnloadRequested(worker.name))
+
+    def action_pull(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(PullRequested(worker.name))
 
     def action_chat(self) -> None:
         if worker := self.chosen:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.text import Text
 from textual.binding import Binding
@@ -23,7 +23,7 @@ from infsvc.types import Capability
 from tui.messages import DetailRequested, ModelHighlighted
 from tui.node_view import WorkerView
 from tui.themes import Palette
-from tui.wording import clean, level_mark, params_of, rate, sparkline, state_of
+from tui.wording import clean, level_mark, params_of, pull_pace, rate, sparkline, state_of
 
 # Key → heading, width, right-aligned. One cell of space follows each.
 _COLUMNS: dict[str, tuple[str, int, bool]] = {
@@ -61,8 +61,12 @@ SORTS = ("name", "state", "queue", "tok/s", "params")
 _STATE_ORDER = ("●", "◐", "◌", "✕", "○")
 
 
-def layout(width: int) -> dict[str, int]:
-    """Column → width of what it shows, for a table of `width` cells, in the order shown."""
+_PACE_WIDTH = 19
+
+
+def layout(width: int, *, pulling: bool = False) -> dict[str, int]:
+    """Column → width of what it shows, for a table of `width` cells, in the order shown. While something is `pulling`,
+    room that is left goes to the state first: for the pace of it."""
     chosen: set[str] = set()
     used = 0
     for group in _GROUPS:
@@ -76,6 +80,9 @@ def layout(width: int) -> dict[str, int]:
         widths["model"] = max(6, widths["model"] - (used - width))
         return widths
     spare = width - used
+    if pulling and spare >= _PACE_WIDTH:
+        widths["state"] += _PACE_WIDTH
+        spare -= _PACE_WIDTH
     if spare > 0:
         wider = min(spare, _MODEL_WIDTH_MAX - widths["model"])
         widths["model"] += wider
@@ -109,6 +116,8 @@ class CapabilityMatrix(DataTable[Text]):
     }
     """
 
+    COLUMNS: ClassVar[Mapping[str, tuple[str, int, bool]]] = _COLUMNS
+
     def __init__(self, workers: Mapping[str, WorkerView], *, id: str | None = None) -> None:
         super().__init__(id=id, cursor_type="row", cell_padding=0, zebra_stripes=False)
         self._workers = workers
@@ -139,6 +148,10 @@ class CapabilityMatrix(DataTable[Text]):
     def on_resize(self) -> None:
         self.look()
 
+    def _layout(self, width: int) -> dict[str, int]:
+        """Column → width for a table of `width` cells."""
+        return layout(width, pulling=any(worker.pull is not None for worker in self._workers.values()))
+
     def _retheme(self) -> None:
         self._palette = None
         self.rebuild()
@@ -148,7 +161,7 @@ class CapabilityMatrix(DataTable[Text]):
         if not self.size.width:
             return
         # One cell stays free for the scrollbar, so that it does not change the columns when it comes.
-        widths = layout(self.size.width - 1)
+        widths = self._layout(self.size.width - 1)
         n_rows = self.row_count + len(self._coming)
         if widths != self._widths or (not self.filter_text and n_rows != len(self._workers)):
             self.rebuild()
@@ -174,10 +187,10 @@ class CapabilityMatrix(DataTable[Text]):
         if not self.size.width:
             return
         chosen = self.chosen
-        self._widths = layout(self.size.width - 1)
+        self._widths = self._layout(self.size.width - 1)
         self.clear(columns=True)
         for key, width in self._widths.items():
-            heading, _, right = _COLUMNS[key]
+            heading, _, right = self.COLUMNS[key]
             self.add_column(Text(heading.rjust(width) if right else heading), width=width + 1, key=key)
         self._shown = {}
         self._coming = deque(self._ordered())
@@ -238,7 +251,8 @@ class CapabilityMatrix(DataTable[Text]):
                 case "model":
                     facts[key] = (clean(worker.name), "foreground")
                 case "state":
-                    facts[key] = (str(state), state.tone)
+                    figures = f" {pull_pace(worker)}" if width > self.COLUMNS["state"][1] else ""
+                    facts[key] = (f"{state}{figures}", state.tone)
                 case "arch":
                     facts[key] = (clean(info.architecture) if info else "–", "foreground" if info else "muted")
                 case "params":
@@ -276,7 +290,7 @@ class CapabilityMatrix(DataTable[Text]):
         if self._palette is None:
             self._palette = Palette.of(self.app.theme_variables)
         text, tone = fact
-        return _cell(text, self._palette.colour(tone), self._widths[key], _COLUMNS[key][2])
+        return _cell(text, self._palette.colour(tone), self._widths[key], self.COLUMNS[key][2])
 
     def on_data_table_row_highlighted(self, event: DataTable.RowHighlighted) -> None:
         event.stop()

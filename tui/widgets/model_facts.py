@@ -5,9 +5,23 @@ from __future__ import annotations
 from textual.content import Content
 from textual.widgets import Static
 
+from engine.model_source import describe
 from infsvc.types import ModelState
 from tui.node_view import WorkerView
-from tui.wording import clean, duration, hang, level_mark, params_of, plural, rate, size, span, state_of
+from tui.wording import (
+    clean,
+    duration,
+    gauge,
+    hang,
+    level_mark,
+    params_of,
+    plural,
+    rate,
+    size,
+    span,
+    state_of,
+    time_left,
+)
 
 # Settings that name where things go; the others are in the worker file.
 _SETTINGS = (
@@ -33,8 +47,13 @@ def panel_lines(worker: WorkerView) -> list[Content]:
         lines.append(
             Content.styled(clean(worker.reason), "$error" if worker.state is ModelState.FAILED else "$warning")
         )
+    elif worker.pull is not None:
+        lines.append(Content.styled(pull_line(worker), "$warning"))
     elif worker.state is ModelState.ABSENT:
-        lines.append(Content.styled(f"no file at {worker.settings.model_path}", "$muted"))
+        if source := describe(worker.settings):
+            lines.append(Content.styled(f"p fetches it, l also loads it: {clean(source)}", "$muted"))
+        else:
+            lines.append(Content.styled(f"no file at {worker.settings.model_path}", "$muted"))
     elif worker.state is ModelState.ON_DISK:
         lines.append(Content.styled("l loads it", "$muted"))
     running = worker.state in (ModelState.READY, ModelState.DRAINING)
@@ -63,6 +82,20 @@ def panel_lines(worker: WorkerView) -> list[Content]:
     return lines
 
 
+def pull_line(worker: WorkerView) -> str:
+    """How far a download is, in one line."""
+    pull = worker.pull
+    if pull is None:
+        return ""
+    parts = [f"{size(pull.done_bytes)} of {size(pull.total_bytes)}" if pull.total_bytes else size(pull.done_bytes)]
+    if pull.bytes_per_s is not None:
+        parts.append(f"{size(pull.bytes_per_s)}/s")
+    if pull.eta_s is not None:
+        parts.append(f"{time_left(pull.eta_s)} left")
+    bar = f"{gauge(worker.progress)} " if worker.progress is not None else ""
+    return bar + ", ".join(parts)
+
+
 def detail(worker: WorkerView, width: int) -> Content:
     """Everything known of the model, for a dialog of `width` cells."""
     state = state_of(worker)
@@ -80,7 +113,6 @@ def detail(worker: WorkerView, width: int) -> Content:
             ("layers · width", f"{info.n_layer} · {info.n_embd}"),
             ("vocabulary", f"{info.n_vocab:,}"),
             ("licence", clean(info.license or "not stated")),
-            ("file", f"{clean(str(info.path))}  {size(info.file_bytes)}"),
         ]
         sections.append(_section("Model file", facts, width))
     if worker.claims:
@@ -109,6 +141,9 @@ def detail(worker: WorkerView, width: int) -> Content:
         ("ended", f"{counters.n_finished:,} finished, {counters.n_cancelled:,} cancelled"),
     ]
     sections.append(_section("Work", work, width))
+    source = clean(describe(worker.settings)) or "none: the file is put there by hand"
+    kept = size(worker.info.file_bytes) if worker.info else "absent" if worker.state is ModelState.ABSENT else ""
+    sections.append(_section("On disk", [("file", f"{clean(str(worker.path))}  {kept}"), ("source", source)], width))
     doors = [("http", worker.endpoint or "through the gateway only"), ("nats", clean(worker.settings.subject))]
     sections.append(_section("Doors", doors, width))
     settings = [(key.upper(), clean(str(getattr(worker.settings, key)))) for key in _SETTINGS]

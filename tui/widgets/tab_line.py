@@ -7,7 +7,7 @@ from textual.containers import Horizontal
 from textual.content import Content
 from textual.widgets import Static
 
-SCREENS = (("1", "fleet", "Fleet"), ("2", "chat", "Chat"), ("5", "logs", "Logs"))
+SCREENS = (("1", "fleet", "Fleet"), ("2", "chat", "Chat"), ("4", "models", "Models"), ("5", "logs", "Logs"))
 
 
 class TabLine(Horizontal):

@@ -1,0 +1,220 @@
+"""Screen 4, Models: the worker files, what lies on disk and what it takes in memory; pull, stop, remove, a new one."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.widgets import Input, Static
+
+from engine.model_file import part_of
+from engine.model_source import describe
+from infsvc.types import ModelState
+from tui.messages import (
+    ChatRequested,
+    DetailRequested,
+    LoadRequested,
+    ModelHighlighted,
+    NewWorkerRequested,
+    PullRequested,
+    RemoveRequested,
+    UnloadRequested,
+)
+from tui.node_view import WorkerView
+from tui.screens.base import NodeScreen
+from tui.screens.dialogs import ModelDetail
+from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of
+from tui.widgets.model_facts import pull_line
+from tui.wording import clean, plural, size, state_of
+
+RESORT_EVERY = 4
+
+
+class ModelsScreen(NodeScreen):
+    NAME = "models"
+    CSS_PATH = "models.tcss"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("p", "pull", "pull", id="models.pull", tooltip="Fetch the file of the model under the cursor"),
+        Binding("l", "load", "load", id="models.load", tooltip="Load it; a missing file is fetched first"),
+        Binding("u", "unload", "unload", id="models.unload", tooltip="Unload it, or stop its pull"),
+        Binding("n", "new", "new", id="models.new", tooltip="Write a worker file for another model"),
+        Binding("x", "remove", "remove", id="models.remove", tooltip="Remove its file from the disk; asks"),
+        Binding("t", "chat", "chat", id="models.chat", tooltip="Chat with it"),
+        Binding("slash", "filter", "filter", key_display="/", id="models.filter", tooltip="Filter the models"),
+        Binding("s", "sort", "sort", id="models.sort", tooltip="Sort by name, state, size, memory, port in turn"),
+        Binding("escape", "back", "back", show=False, id="models.back", tooltip="Close the filter"),
+    ]  # fmt: skip
+
+    _n_looks = 0
+    _wanted: str | None = None
+
+    def compose_body(self) -> ComposeResult:
+        with Vertical(id="files") as files:
+            files.border_title = "Worker files"
+            yield FileTable(self.node.fleet.workers, id="table")
+            yield Static("", id="nothing")
+        yield Static("", id="file")
+        yield Input(placeholder="name, state, source or path", id="filter", compact=True)
+
+    def on_mount(self) -> None:
+        self.query_one("#file").border_title = "File"
+        self.query_one("#filter", Input).cursor_blink = self.context.animate
+        self.table.focus()
+
+    @property
+    def table(self) -> FileTable:
+        return self.query_one(FileTable)
+
+    @property
+    def chosen(self) -> WorkerView | None:
+        return self.node.fleet.workers.get(self.table.chosen or "")
+
+    def show_model(self, name: str) -> None:
+        """Puts the cursor on a model, which may have just come."""
+        self._wanted = name
+        self.action_back()
+        self.look()
+
+    def look(self) -> None:
+        self.table.look()
+        self._n_looks += 1
+        if self.table.sort_by != SORTS[0] and self._n_looks % RESORT_EVERY == 0:
+            self.table.resort()
+        if self._wanted is not None and any(row.key.value == self._wanted for row in self.table.ordered_rows):
+            self.table.move_cursor(row=self.table.get_row_index(self._wanted), animate=False)
+            self._wanted = None
+        self._say_when_empty()
+        self._show_chosen()
+        self._tell_totals()
+
+    def _show_chosen(self) -> None:
+        worker = self.chosen
+        panel = self.query_one("#file", Static)
+        panel.update(Content("\n").join(file_lines(worker)) if worker else "", layout=False)
+
+    def _tell_totals(self) -> None:
+        workers = self.node.fleet.workers.values()
+        parts = []
+        if self.table.filter_text:
+            parts.append(f"{self.table.row_count}/{len(self.node.fleet.workers)} match “{self.table.filter_text}”")
+        if self.table.sort_by != SORTS[0]:
+            parts.append(f"sorted by {self.table.sort_by}")
+        kept = [n for worker in workers if (n := disk_bytes(worker))]
+        parts.append(f"{plural(len(kept), 'file')}, {size(sum(kept))}")
+        self.tell(" · ".join(parts))
+
+    def _say_when_empty(self) -> None:
+        if not self.node.fleet.workers:
+            told = "There is no worker file yet.\n\nn writes one: a name, and where the model's file comes from."
+        elif not self.table.matches_any:
+            told = f"Nothing matches “{self.table.filter_text}”.\n\nEsc shows all worker files again."
+        else:
+            told = ""
+        self.query_one("#nothing", Static).update(Content(told))
+        self.query_one("#files").set_class(bool(told), "-empty")
+
+    def on_resize(self, event: events.Resize) -> None:
+        # The parts get their new sizes with the next layout.
+        self.call_after_refresh(self.look)
+
+    def on_model_highlighted(self, message: ModelHighlighted) -> None:
+        message.stop()
+        self._show_chosen()
+
+    def on_detail_requested(self, message: DetailRequested) -> None:
+        message.stop()
+        self.app.push_screen(ModelDetail(self.node, message.model))
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        if event.input.id == "filter":
+            event.stop()
+            self.table.filter_text = event.value.strip()
+            self.table.rebuild()
+            self._say_when_empty()
+            self._tell_totals()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        if event.input.id == "filter":
+            event.stop()
+            self.query_one("#filter").set_class(bool(event.value.strip()), "-open")
+            self.table.focus()
+
+    def action_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.add_class("-open")
+        field.focus()
+
+    def action_back(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.value = ""
+        field.remove_class("-open")
+        self.table.focus()
+
+    def action_sort(self) -> None:
+        self.table.sort_by = SORTS[(SORTS.index(self.table.sort_by) + 1) % len(SORTS)]
+        self.table.rebuild()
+        self._tell_totals()
+
+    def action_load(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(LoadRequested(worker.name))
+
+    def action_unload(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(UnloadRequested(worker.name))
+
+    def action_pull(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(PullRequested(worker.name))
+
+    def action_remove(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(RemoveRequested(worker.name))
+
+    def action_chat(self) -> None:
+        if worker := self.chosen:
+            self.app.post_message(ChatRequested(worker.name))
+
+    def action_new(self) -> None:
+        self.app.post_message(NewWorkerRequested())
+
+
+def file_lines(worker: WorkerView) -> list[Content]:
+    """What is known of a model's file, the state first."""
+    state, source, n_bytes = state_of(worker), describe(worker.settings), disk_bytes(worker)
+    lines = [Content.assemble((str(state), f"${state.tone} bold"), (f"   {clean(worker.name)}", "bold"))]
+    if worker.reason:
+        lines.append(
+            Content.styled(clean(worker.reason), "$error" if worker.state is ModelState.FAILED else "$warning")
+        )
+    elif worker.pull is not None:
+        lines.append(Content.styled(pull_line(worker), "$warning"))
+    if n_bytes:
+        kept = f"  {size(n_bytes)}"
+    else:
+        kept = ", absent"
+        with suppress(OSError):
+            kept += f"; {size(part_of(worker.path).stat().st_size)} of an unfinished pull are kept"
+    lines.append(_fact("file", f"{clean(str(worker.path))}{kept}"))
+    lines.append(_fact("source", clean(source) if source else "none: put the file there by hand"))
+    need = memory_of(worker)
+    lines.append(
+        _fact(
+            "memory",
+            f"{size(need.total_bytes)}: weights {size(need.weight_bytes)}, KV {size(need.kv_bytes)} for "
+            f"{worker.n_slots} × {worker.n_ctx:,} tokens, compute {size(need.compute_bytes)}"
+            if need
+            else "known when the file is there",
+        )
+    )
+    lines.append(_fact("served", f"{worker.endpoint or 'gateway only'}   {clean(worker.settings.subject)}"))
+    return lines
+
+
+def _fact(key: str, value: str) -> Content:
+    return Content.assemble((f"{key:<8}", "$muted"), (value, ""))
