@@ -305,8 +305,12 @@ class InfsvcApp(App[int]):
             self._warn(f"{model} was not loaded", str(error))
 
     async def _pull(self, model: str) -> None:
+        from infsvc.types import ModelState
+
         try:
-            await self._node.pull(model)
+            worker = await self._node.pull(model)
+            if worker.state is not ModelState.DOWNLOADING and worker.state is not ModelState.VERIFYING:
+                self.notify(_clean(str(worker.path)), title=_clean(f"{model}'s file is there"), markup=False)
         except InfsvcError as error:
             self._warn(f"{model} is not fetched", str(error))
 

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from tui_sample import NOW, SampleBusState, SampleChunk, SampleNode, SampleWorker, busy_node, demo_worker, sample_app
+from tui_sample import (
+    NOW,
+    SampleBusState,
+    SampleChunk,
+    SampleNode,
+    SamplePull,
+    SampleWorker,
+    busy_node,
+    demo_worker,
+    sample_app,
+)
 
 from infsvc.errors import ContextLengthExceeded
 from infsvc.events import LogLine
@@ -170,6 +180,42 @@ def test_chat_settings(snap_compare: Picture, size: tuple[int, int]) -> None:
 def test_chat_model_picker(snap_compare: Picture) -> None:
     run = typing("f2", "ctrl+o", then=started)
     assert snap_compare(sample_app(busy_node()), terminal_size=(80, 24), run_before=run)
+
+
+def pulling_node() -> SampleNode:
+    """One model on its way, one of the others failed for want of a token."""
+    node = busy_node()
+    moe = node.fleet.workers["gpt-oss-20b"]
+    moe.settings = moe.settings.model_copy(
+        update={"model_repo": "bartowski/openai_gpt-oss-20b-GGUF", "model_file": "openai_gpt-oss-20b-MXFP4.gguf"}
+    )
+    moe.state, moe.progress = ModelState.DOWNLOADING, 0.37
+    moe.pull = SamplePull(int(4.2 * 2**30), int(11.3 * 2**30), 48 * 2**20, 156)
+    gated = SampleWorker("llama-gated", ModelState.FAILED, model_repo="meta/Llama", model_file="llama.gguf")
+    gated.reason = "meta/Llama is gated (401): accept its terms at https://huggingface.co/meta/Llama, and set HF_TOKEN"
+    node.fleet.workers["llama-gated"] = gated
+    return node
+
+
+@SIZES
+def test_models_pulling(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("f4", "down", "down", then=lambda app: "left" in str(app.screen.query_one("#file").render()))
+    assert snap_compare(sample_app(pulling_node()), terminal_size=size, run_before=run)
+
+
+def test_models_light(snap_compare: Picture) -> None:
+    app = sample_app(pulling_node())
+    app.theme = "infsvc-light"
+    run = typing("f4", *["down"] * 3, then=lambda app: "gated" in str(app.screen.query_one("#file").render()))
+    assert snap_compare(app, terminal_size=(100, 30), run_before=run)
+
+
+@SIZES
+def test_models_new_worker(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing(
+        "f4", "n", *"mine", "enter", then=lambda app: "one source" in str(app.screen.query_one(".problem").render())
+    )
+    assert snap_compare(sample_app(pulling_node()), terminal_size=size, run_before=run)
 
 
 @SIZES

@@ -197,11 +197,15 @@ def file_lines(worker: WorkerView) -> list[Content]:
     if n_bytes:
         kept = f"  {size(n_bytes)}"
     else:
-        kept = ", absent"
+        kept = ", absent" if worker.pull is None else ""
         with suppress(OSError):
-            kept += f"; {size(part_of(worker.path).stat().st_size)} of an unfinished pull are kept"
+            kept += (
+                "" if worker.pull else f"; {size(part_of(worker.path).stat().st_size)} of an unfinished pull are kept"
+            )
     lines.append(_fact("file", f"{clean(str(worker.path))}{kept}"))
-    lines.append(_fact("source", clean(source) if source else "none: put the file there by hand"))
+    lines.append(
+        _fact("source", clean(source) or ("put there by hand" if n_bytes else "none: put the file there by hand"))
+    )
     need = memory_of(worker)
     lines.append(
         _fact(

@@ -70,7 +70,7 @@ class NewWorkerDialog(Dialog[str | None]):
 
     async def action_save(self) -> None:
         """Closes with the new model's name, or says what is wrong with the first bad field."""
-        values = {key: self.query_one(f"#{field}", Input).value.strip() for field, key, *_ in _FIELDS}
+        values = self._values()
         if not values["MODEL_NAME"]:
             self._refuse("MODEL_NAME", "it needs a name")
             return
@@ -79,16 +79,21 @@ class NewWorkerDialog(Dialog[str | None]):
             told = "name one source: a repository and its file, an address, or a path"
             self._refuse(sources[-1] if sources else "MODEL_REPO", told)
             return
-        if values["MODEL_PATH"]:
-            values["MODEL_PATH"] = str(Path(values["MODEL_PATH"]).expanduser())
-        if values["HTTP_ADDR"].isdigit():
-            values["HTTP_ADDR"] = f":{values['HTTP_ADDR']}"
         try:
             worker = await self._node.add_worker(values)
         except ConfigError as error:
             self._refuse(error.key or "", str(error))
             return
         self.dismiss(worker.name)
+
+    def _values(self) -> dict[str, str]:
+        """What stands in the form, in the worker file's own words."""
+        values = {key: self.query_one(f"#{field}", Input).value.strip() for field, key, *_ in _FIELDS}
+        if values["MODEL_PATH"]:
+            values["MODEL_PATH"] = str(Path(values["MODEL_PATH"]).expanduser())
+        if values["HTTP_ADDR"].isdigit():
+            values["HTTP_ADDR"] = f":{values['HTTP_ADDR']}"
+        return values
 
     def _refuse(self, key: str, problem: str) -> None:
         self.query_one(".problem", Static).update(Content(clean(problem)))

@@ -141,7 +141,7 @@ def detail(worker: WorkerView, width: int) -> Content:
         ("ended", f"{counters.n_finished:,} finished, {counters.n_cancelled:,} cancelled"),
     ]
     sections.append(_section("Work", work, width))
-    source = clean(describe(worker.settings)) or "none: the file is put there by hand"
+    source = clean(describe(worker.settings)) or "the file is put there by hand"
     kept = size(worker.info.file_bytes) if worker.info else "absent" if worker.state is ModelState.ABSENT else ""
     sections.append(_section("On disk", [("file", f"{clean(str(worker.path))}  {kept}"), ("source", source)], width))
     doors = [("http", worker.endpoint or "through the gateway only"), ("nats", clean(worker.settings.subject))]
