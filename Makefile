@@ -12,18 +12,32 @@ WORKER ?=
 # with quantised weights (llama.cpp issue 20824).
 NO_AMX := $(if $(filter x86_64 amd64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 CPU_ARGS := -DGGML_OPENMP=OFF $(if $(NO_AMX),-DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)')
-GPU := $(shell if command -v nvcc >/dev/null && command -v nvidia-smi >/dev/null; then echo cuda; elif [ "$$(uname -s)" = Darwin ]; then echo metal; else echo cpu; fi)
+GPU := $(shell has() { command -v $$1 >/dev/null 2>&1; }; \
+	if has nvcc && has nvidia-smi; then echo cuda; elif [ "$$(uname -s)" = Darwin ]; then echo metal; \
+	elif has hipcc && has rocm-smi; then echo rocm; elif has glslc && has vulkaninfo; then echo vulkan; else echo cpu; fi)
 ARGS_cpu := $(CPU_ARGS)
 ARGS_cuda := $(CPU_ARGS) -DGGML_CUDA=ON
 ARGS_metal := $(CPU_ARGS) -DGGML_METAL=ON
+ARGS_vulkan := $(CPU_ARGS) -DGGML_VULKAN=ON
+ARGS_rocm := $(CPU_ARGS) -DGGML_HIP=ON
+LLAMA_BUILDS := $(addprefix build-llama-,cpu cuda metal vulkan rocm)
 LLAMA := $(BIN)/.llama-$(LLAMA_VERSION)
+# `make a & make b &`: one of them installs, the other waits for it.
+ONE_AT_A_TIME := $(if $(shell command -v flock),mkdir -p .build && flock .build/install.lock,env)
+TARGETS := help run serve test check format bench soak llama-server demo-model start stop status logs monitor-status monitor-cli \
+	monitor-dashboard list-workers build build-cli build-monitor build-all build-llama $(LLAMA_BUILDS) wheel wheel-check clean
+# One shortcut a worker file: `make gemma3-270m` is `make start WORKER=gemma3-270m`.
+SHORTCUTS := $(filter-out $(TARGETS),$(patsubst envs/worker.%.env,%,$(wildcard envs/worker.*.env)))
+NEEDS_WORKER = test -n "$(WORKER)" || { echo "make $@ WORKER=name; there are:"; ls envs | sed -n 's/^worker\.\(.*\)\.env$$/  \1/p'; exit 2; }
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run serve test check format bench llama-server demo-model start stop status list-workers build-llama build-llama-cpu build-llama-cuda build-llama-metal wheel wheel-check clean
+.PHONY: $(TARGETS) $(SHORTCUTS)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
+	@printf "  %-18s %s\n" $(foreach build,$(LLAMA_BUILDS),"$(build)" "compile llama.cpp for that")
+	@printf "  %-18s %s\n" $(foreach name,$(SHORTCUTS),"$(name)" "load it: make start WORKER=$(name)")
 
 run: $(BIN)/.node ## install what is missing and open the app
 	@$(BIN)/infsvc-tui $(WORKER)
@@ -31,8 +45,16 @@ run: $(BIN)/.node ## install what is missing and open the app
 serve: $(BIN)/.node ## the same node without a screen
 	@$(BIN)/infsvc serve $(WORKER)
 
-test: $(BIN)/.dev ## install what is missing and run the tests
+ifdef WORKER
+test: $(BIN)/.node
+	@$(BIN)/infsvc $(if $(shell grep -s '^MODEL_FORMAT=embedding' envs/worker.$(WORKER).env),embed --input 'hello',chat --max-tokens 32 --input 'hello') -m $(WORKER)
+else
+test: $(BIN)/.dev ## install what is missing and run the tests; with WORKER=name, ask that model of the running node
 	@$(BIN)/python -m pytest -q
+endif
+
+soak: $(BIN)/.dev ## the long tests
+	@$(BIN)/python -m pytest -q -m soak --timeout=1800
 
 check: $(BIN)/.dev ## format, lint, types, import directions
 	$(BIN)/ruff format --check .
@@ -45,14 +67,30 @@ format: $(BIN)/.dev ## format the code
 	$(BIN)/ruff check --fix .
 
 start: $(BIN)/.node ## load WORKER=name: in the running node, or in a new one in the background
-	@test -n "$(WORKER)" || { echo "make start WORKER=name; there are:"; ls envs | sed -n 's/^worker\.\(.*\)\.env$$/  \1/p'; exit 2; }
+	@$(NEEDS_WORKER)
 	@$(BIN)/infsvc start $(WORKER)
 
 stop: $(BIN)/.node ## unload WORKER=name, or end the node
 	@$(BIN)/infsvc stop $(WORKER)
 
-status: $(BIN)/.node ## what runs, once
+$(SHORTCUTS): $(BIN)/.node
+	@$(BIN)/infsvc start $@
+
+status monitor-status: $(BIN)/.node
 	@$(BIN)/infsvc status
+
+status: ## what runs, once
+monitor-status: ## the same
+
+monitor-cli: $(BIN)/.node ## watch every node on the broker
+	@$(BIN)/infsvc monitor
+
+monitor-dashboard: $(BIN)/.node ## the web dashboard on port 8080
+	@$(BIN)/infsvc dashboard
+
+logs: $(BIN)/.node ## follow the audit rows of WORKER=name
+	@$(NEEDS_WORKER)
+	@$(BIN)/infsvc logs $(WORKER) --follow
 
 list-workers: ## the worker files
 	@ls envs | sed -n 's/^worker\.\(.*\)\.env$$/\1/p'
@@ -67,9 +105,17 @@ llama-server: $(BIN)/.venv ## build llama-server, the peer of `make bench`, from
 demo-model: $(BIN)/.train ## train the demo model anew from its corpus (within an hour on two quiet cores)
 	@$(BIN)/python data/models/demo/train.py
 
+build: $(BIN)/.node ## install the node: engine, servers, app
+
+build-cli build-monitor: $(BIN)/.client
+build-cli: ## install the client and the commands that talk to a node; nothing is compiled
+build-monitor: ## the same: the monitors are part of it
+
+build-all: build build-cli build-monitor ## all of these
+
 build-llama: build-llama-$(GPU) ## compile llama.cpp for this machine's GPU or CPU
 
-build-llama-cpu build-llama-cuda build-llama-metal: build-llama-%: $(BIN)/.venv ## compile llama.cpp for that
+$(LLAMA_BUILDS): build-llama-%: $(BIN)/.venv
 	mkdir -p $(WHEELS)
 	CMAKE_ARGS="$(ARGS_$*)" $(BIN)/pip wheel -q --no-cache-dir --no-deps --wheel-dir $(WHEELS) llama-cpp-python==$(LLAMA_VERSION)
 	$(BIN)/pip install -q --force-reinstall --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA_VERSION)-*.whl
@@ -87,27 +133,30 @@ clean: ## remove the venv and what was built
 	rm -rf $(VENV) .build dist
 
 $(BIN)/.venv:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.x")'
-	$(PYTHON) -m venv $(VENV)
-	@touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.x")'
+	@$(ONE_AT_A_TIME) sh -c 'test -e $@ || { $(PYTHON) -m venv $(VENV) && touch $@; }'
 
 # The wheel is kept in .build, so that a new venv does not compile again.
 $(LLAMA): | $(BIN)/.venv
-	@if ls $(WHEELS)/llama_cpp_python-$(LLAMA_VERSION)-*.whl >/dev/null 2>&1; then \
+	@$(ONE_AT_A_TIME) sh -c 'if test -e $@; then :; elif ls $(WHEELS)/llama_cpp_python-$(LLAMA_VERSION)-*.whl >/dev/null 2>&1; then \
 		$(BIN)/pip install -q --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA_VERSION)-*.whl && touch $@; \
 	else \
 		echo "compiling llama.cpp for this machine ($(GPU)); about 4 minutes on 2 cores, once"; \
 		$(MAKE) --no-print-directory build-llama-$(GPU); \
-	fi
+	fi'
+
+$(BIN)/.client: pyproject.toml constraints.txt | $(BIN)/.venv
+	@$(ONE_AT_A_TIME) $(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
 
 $(BIN)/.node: pyproject.toml constraints.txt | $(BIN)/.venv $(LLAMA)
-	$(BIN)/pip install -q -c constraints.txt -e '.[node]'
+	@$(ONE_AT_A_TIME) $(BIN)/pip install -q -c constraints.txt -e '.[node]'
 	@touch $@
 
 $(BIN)/.dev: $(BIN)/.node
-	$(BIN)/pip install -q -c constraints.txt -e '.[node,dev]'
+	@$(ONE_AT_A_TIME) $(BIN)/pip install -q -c constraints.txt -e '.[node,dev]'
 	@touch $@
 
 $(BIN)/.train: $(BIN)/.dev
-	$(BIN)/pip install -q -c constraints.txt -e '.[train]'
+	@$(ONE_AT_A_TIME) $(BIN)/pip install -q -c constraints.txt -e '.[train]'
 	@touch $@

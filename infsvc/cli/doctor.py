@@ -130,12 +130,13 @@ def _probe() -> Iterator[Finding]:
         )
         return
     try:
-        repack = asyncio.run(probe(demo, Home.locate().own("data/run/probe.json")))
+        result = asyncio.run(probe(demo, Home.locate().own("data/run/probe.json")))
     except InfsvcError as error:
         yield Finding("fail", "decode", str(error))
         return
-    if repack:
-        yield Finding("ok", "decode", "this build decodes on this CPU")
+    if result.use_extra_bufts:
+        flash = ", faster with flash attention" if result.flash_attention else ""
+        yield Finding("ok", "decode", f"this build decodes on this CPU{flash}")
     else:
         yield Finding(
             "warn",

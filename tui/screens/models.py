@@ -13,7 +13,6 @@ from textual.content import Content
 from textual.widgets import Input, Static
 
 from engine.model_file import part_of
-from engine.model_source import describe
 from infsvc.types import ModelState
 from tui.messages import (
     ChatRequested,
@@ -28,7 +27,7 @@ from tui.messages import (
 from tui.node_view import WorkerView
 from tui.screens.base import NodeScreen
 from tui.screens.dialogs import ModelDetail
-from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of
+from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of, source_text
 from tui.widgets.model_facts import pull_line
 from tui.wording import clean, plural, size, state_of
 
@@ -186,7 +185,7 @@ class ModelsScreen(NodeScreen):
 
 def file_lines(worker: WorkerView) -> list[Content]:
     """What is known of a model's file, the state first."""
-    state, source, n_bytes = state_of(worker), describe(worker.settings), disk_bytes(worker)
+    state, source, n_bytes = state_of(worker), source_text(worker), disk_bytes(worker)
     lines = [Content.assemble((str(state), f"${state.tone} bold"), (f"   {clean(worker.name)}", "bold"))]
     if worker.reason:
         lines.append(
@@ -203,9 +202,7 @@ def file_lines(worker: WorkerView) -> list[Content]:
                 "" if worker.pull else f"; {size(part_of(worker.path).stat().st_size)} of an unfinished pull are kept"
             )
     lines.append(_fact("file", f"{clean(str(worker.path))}{kept}"))
-    lines.append(
-        _fact("source", clean(source) or ("put there by hand" if n_bytes else "none: put the file there by hand"))
-    )
+    lines.append(_fact("source", source or ("put there by hand" if n_bytes else "none: put the file there by hand")))
     need = memory_of(worker)
     lines.append(
         _fact(

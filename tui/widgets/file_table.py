@@ -9,6 +9,7 @@ from textual.binding import Binding
 
 from engine import memory_fit
 from engine.memory_fit import MemoryEstimate
+from engine.model_file import DEMO
 from engine.model_source import describe
 from engine.scheduler import N_BATCH
 from tui.node_view import WorkerView
@@ -74,6 +75,12 @@ def memory_of(worker: WorkerView) -> MemoryEstimate | None:
     return memory_fit.estimate(worker.info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
 
 
+def source_text(worker: WorkerView) -> str:
+    """Where the model's file comes from, as people read it, or ""."""
+    ships = worker.path.as_posix().endswith(DEMO.as_posix())
+    return clean(describe(worker.settings)) or ("ships with infsvc" if ships else "")
+
+
 class FileTable(CapabilityMatrix):
     """Posts `ModelHighlighted` and `DetailRequested`, as the matrix does."""
 
@@ -105,7 +112,7 @@ class FileTable(CapabilityMatrix):
 
     def _facts(self, worker: WorkerView) -> tuple[Any, ...]:
         state, need, n_bytes = state_of(worker), memory_of(worker), disk_bytes(worker)
-        address, source = worker.settings.address, describe(worker.settings)
+        address, source = worker.settings.address, source_text(worker)
         told = {
             "model": (clean(worker.name), "foreground"),
             "state": (str(state), state.tone),
@@ -114,6 +121,6 @@ class FileTable(CapabilityMatrix):
             "memory": (size(need.total_bytes) if need else "–", "foreground" if need else "muted"),
             "port": (str(address.port) if address else "–", "foreground" if address else "muted"),
             "ctx": (str(worker.n_ctx or "–"), "foreground"),
-            "source": (clean(source) if source else "by hand", "foreground" if source else "muted"),
+            "source": (source or "by hand", "foreground" if source else "muted"),
         }
         return tuple(told[key] for key in self._widths)
