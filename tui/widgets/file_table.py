@@ -78,7 +78,7 @@ def memory_of(worker: WorkerView) -> MemoryEstimate | None:
 def source_text(worker: WorkerView) -> str:
     """Where the model's file comes from, as people read it, or ""."""
     ships = worker.path.as_posix().endswith(DEMO.as_posix())
-    return clean(describe(worker.settings)) or ("ships with infsvc" if ships else "")
+    return clean(describe(worker.settings)) or ("ships" if ships else "")
 
 
 class FileTable(CapabilityMatrix):
