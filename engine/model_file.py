@@ -13,6 +13,12 @@ DEMO = Path("data/models/demo/model.gguf")
 """The file that ships, below `Home.shipped`."""
 
 
+def origin(settings: WorkerSettings, path: Path) -> str:
+    """Where the file at `path` comes from as people read it: the worker file's source, `ships`, or "" for a file that
+    is put there by hand."""
+    return describe(settings) or ("ships" if path.as_posix().endswith(DEMO.as_posix()) else "")
+
+
 def part_of(target: Path) -> Path:
     """Where an unfinished download of `target` lies."""
     return target.with_name(target.name + ".part")

@@ -44,9 +44,9 @@ class _Model:
 
     @property
     def source(self) -> str:
-        from engine.model_source import describe
+        from engine.model_file import origin
 
-        return describe(self.settings)
+        return origin(self.settings, self.path)
 
     @property
     def part_bytes(self) -> int:
@@ -188,7 +188,7 @@ def pull(model: str) -> None:
                 _pull(home, each, line)
         except KeyboardInterrupt:
             told = f"the node goes on: `infsvc stop {model}` stops it" if client else "what has come is kept"
-            line.say("")
+            line.end()
             fail(f"stopped; {told}")
     path = home.find(each.settings.model_path)
     click.echo(f"{model} is on disk: {path}  {human_bytes(path.stat().st_size)}")
@@ -262,7 +262,11 @@ def rm(model: str, yes: bool) -> None:
     each = _named(found, model)
     n_bytes = (each.size_bytes or 0) + each.part_bytes
     if not yes and n_bytes:
-        again = "It can be fetched again." if each.source else "Nothing says where it could be fetched from again."
+        again = (
+            "It can be fetched again."
+            if each.source not in ("", "ships")
+            else "Nothing says where it could be fetched from again."
+        )
         click.confirm(f"Remove {each.path} ({human_bytes(n_bytes)})? {again}", abort=True)
     with _running(home) as client:
         if client is not None:

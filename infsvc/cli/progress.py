@@ -59,12 +59,16 @@ class ProgressLine:
         """A line of its own above the bar."""
         print(f"\r\x1b[K{text}" if self._drawn else text, file=sys.stderr)
 
+    def end(self) -> None:
+        """Leaves the bar as it is; what is written next stands below it."""
+        if self._drawn:
+            print(file=sys.stderr)
+            self._drawn = False
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._drawn:
-            print(file=sys.stderr)
-            self._drawn = False
+        self.end()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from infsvc.audit import EventRow, RequestRow
+from infsvc.errors import AuditUnavailable
 from storage import audit_log
 from storage.audit_log import AuditLog, AuditReader
 
@@ -325,6 +326,22 @@ async def test_the_newest_come_first_and_can_be_chosen(log: AuditLog) -> None:
     assert [row["req_id"] for row in await reader.rows("a", limit=9, since=103.0, status="error")] == ["r5", "r3"]
     assert await reader.rows("a", limit=9, status="'; DROP TABLE requests; --") == []
     assert json.dumps(await reader.rows("a", limit=9))
+
+
+async def test_what_came_after_a_row_is_read_on_from_it(log: AuditLog) -> None:
+    for req_id in "abcde":
+        log.record(request(req_id))
+    reader = AuditReader({"m": log})
+    first = (await reader.rows("m", limit=10))[-2]
+    assert first["req_id"] == "b"
+    assert [each["req_id"] for each in await reader.rows("m", limit=2, after_id=first["id"])] == ["d", "c"]
+    assert await reader.rows("m", limit=2, after_id=99) == []
+
+
+async def test_a_file_that_is_no_audit_file_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "m.sqlite").write_bytes(b"no database at all " * 200)
+    with pytest.raises(AuditUnavailable, match="no audit file"):
+        await AuditReader({"m": AuditLog(tmp_path / "m.sqlite")}).rows("m", limit=1)
 
 
 async def test_a_reader_sees_rows_while_the_writer_goes_on_and_after_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widgets import Input, Static
 
-from engine.model_file import part_of
+from engine.model_file import origin, part_of
 from infsvc.types import ModelState
 from tui.messages import (
     ChatRequested,
@@ -27,7 +27,7 @@ from tui.messages import (
 from tui.node_view import WorkerView
 from tui.screens.base import NodeScreen
 from tui.screens.dialogs import ModelDetail
-from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of, source_text
+from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of
 from tui.widgets.model_facts import pull_line
 from tui.wording import clean, plural, size, state_of
 
@@ -185,7 +185,8 @@ class ModelsScreen(NodeScreen):
 
 def file_lines(worker: WorkerView) -> list[Content]:
     """What is known of a model's file, the state first."""
-    state, source, n_bytes = state_of(worker), source_text(worker), disk_bytes(worker)
+    state, n_bytes = state_of(worker), disk_bytes(worker)
+    source = clean(origin(worker.settings, worker.path))
     lines = [Content.assemble((str(state), f"${state.tone} bold"), (f"   {clean(worker.name)}", "bold"))]
     if worker.reason:
         lines.append(

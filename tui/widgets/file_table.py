@@ -9,7 +9,7 @@ from textual.binding import Binding
 
 from engine import memory_fit
 from engine.memory_fit import MemoryEstimate
-from engine.model_file import DEMO
+from engine.model_file import origin
 from engine.model_source import describe
 from engine.scheduler import N_BATCH
 from tui.node_view import WorkerView
@@ -75,12 +75,6 @@ def memory_of(worker: WorkerView) -> MemoryEstimate | None:
     return memory_fit.estimate(worker.info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
 
 
-def source_text(worker: WorkerView) -> str:
-    """Where the model's file comes from, as people read it, or ""."""
-    ships = worker.path.as_posix().endswith(DEMO.as_posix())
-    return clean(describe(worker.settings)) or ("ships" if ships else "")
-
-
 class FileTable(CapabilityMatrix):
     """Posts `ModelHighlighted` and `DetailRequested`, as the matrix does."""
 
@@ -112,7 +106,7 @@ class FileTable(CapabilityMatrix):
 
     def _facts(self, worker: WorkerView) -> tuple[Any, ...]:
         state, need, n_bytes = state_of(worker), memory_of(worker), disk_bytes(worker)
-        address, source = worker.settings.address, source_text(worker)
+        address, source = worker.settings.address, clean(origin(worker.settings, worker.path))
         told = {
             "model": (clean(worker.name), "foreground"),
             "state": (str(state), state.tone),
