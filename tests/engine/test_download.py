@@ -202,7 +202,7 @@ def test_a_server_that_ignores_ranges_and_never_ends_is_given_up(hub: FakeHub, t
 def test_a_file_that_changed_meanwhile_begins_anew(hub: FakeHub, target: Path) -> None:
     hub.truncate_at = [100_000] * 2
     refused(from_hub(target, patience=Patience(first_wait_s=0, n_tries=1)))
-    hub.content, hub.truncate_at = b"GGUF" + os.urandom(200_000), []
+    hub.content, hub.truncate_at = b"GGUF" + os.urandom(len(CONTENT) - 4), []
     assert fetch(from_hub(target)).resumed_bytes == 0
     assert target.read_bytes() == hub.content
 
@@ -312,7 +312,7 @@ def test_a_plain_address_is_resumed_and_verified_by_the_worker_files_hash(hub: F
 def test_a_plain_address_whose_file_changed_begins_anew(hub: FakeHub, target: Path) -> None:
     hub.truncate_at = [100_000]
     refused(from_url(target, hub, patience=Patience(first_wait_s=0, n_tries=1)))
-    hub.content = b"GGUF" + os.urandom(300_000)
+    hub.content = b"GGUF" + os.urandom(len(CONTENT) - 4)
     assert fetch(from_url(target, hub)).resumed_bytes == 0
     assert target.read_bytes() == hub.content
 
