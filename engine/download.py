@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import httpx2
+from filelock import Timeout
 
-from engine.model_file import facts_of, forget_part, part_of
+from engine.model_file import facts_of, forget_part, lock_of, part_of
 from engine.model_source import RemoteFile, Source, may_ask, refusal, source_of
 from infsvc import __version__
 from infsvc.errors import DiskFull, DownloadError, DownloadStopped, NoSource, human_bytes
@@ -170,9 +171,7 @@ class Download:
         if source is None:
             raise NoSource(str(self.target))
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.target.with_name(f".{self.target.name}.lock"), timeout=0, thread_local=False)
+        lock = lock_of(self.target)
         waited = False
         while True:
             try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from engine.model_source import describe
 from infsvc.errors import LoadError
 from infsvc.home import Home
@@ -27,6 +29,11 @@ def part_of(target: Path) -> Path:
 def facts_of(target: Path) -> Path:
     """Where it stands of which remote file the unfinished download is."""
     return target.with_name(target.name + ".part.json")
+
+
+def lock_of(target: Path) -> FileLock:
+    """What whoever writes or removes the file holds, in any process; not yet taken, and taken without waiting."""
+    return FileLock(target.with_name(f".{target.name}.lock"), timeout=0, thread_local=False)
 
 
 def forget_part(target: Path) -> None:
@@ -53,9 +60,13 @@ def remove_file(home: Home, settings: WorkerSettings) -> int:
     if path.is_file() and (ships or not ours):
         raise LoadError(f"{path} was not fetched by infsvc and could not be fetched again: remove it yourself")
     try:
-        n_bytes = sum(each.stat().st_size for each in parts)
-        path.unlink(missing_ok=True)
-        forget_part(path)
+        with lock_of(path) as lock:
+            n_bytes = sum(each.stat().st_size for each in parts)
+            path.unlink(missing_ok=True)
+            forget_part(path)
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise LoadError(f"{path} is being fetched by another model or process: stop that first") from None
     except OSError as error:
         raise LoadError(f"{path} cannot be removed ({error.strerror or error})") from error
     return n_bytes

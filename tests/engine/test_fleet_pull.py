@@ -160,6 +160,19 @@ async def test_a_file_is_removed_unless_it_is_in_use_or_not_ours(
         assert tiny_model.is_file()
 
 
+async def test_a_file_that_another_model_fetches_is_not_removed(hub: FakeHub, tmp_path: Path) -> None:
+    hub.stall_at = 100_000
+    path = "data/models/shared.gguf"
+    async with running_node(tmp_path, from_hub("a", model_path=path), from_hub("b", model_path=path)) as node:
+        node.fleet.pull("a")
+        await stalled(hub)
+        await moving(node)
+        with pytest.raises(LoadError, match="being fetched"):
+            node.fleet.remove_file("b")
+        hub.release.set()
+        assert (await node.fleet.settled("a")).state == "on_disk"
+
+
 async def test_a_worker_that_is_added_is_looked_at_and_loads(hub: FakeHub, tmp_path: Path, tiny_model: Path) -> None:
     async with running_node(tmp_path, from_hub("a")) as node:
         node.sinks["late"] = node.sinks["a"]

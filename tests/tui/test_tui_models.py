@@ -149,6 +149,33 @@ async def test_a_wrong_form_says_why_and_stays(until) -> None:
         assert not isinstance(app.screen, NewWorkerDialog)
 
 
+async def test_the_palette_pulls_stops_removes_and_writes(until) -> None:
+    node = busy_node()
+    absent = SampleWorker("far", ModelState.ABSENT, model_repo="a/b", model_file="c.gguf")
+    node.fleet.workers["far"] = absent
+    pull(node, "gpt-oss-20b")
+    app = sample_app(node)
+    async with app.run_test(size=(120, 32)) as pilot:
+        await until(pilot, lambda: app.context.phase == "running")
+        for words, call in (
+            ("Pull far", "pull far"),
+            ("Load far", "load far"),
+            ("Stop the pull of gpt", "unload gpt-oss-20b"),
+        ):
+            await pilot.press("ctrl+p", *words)
+            await until(pilot, lambda: app.screen.query("OptionList").last().option_count)
+            await pilot.press("enter")
+            await until(pilot, lambda call=call: node.calls[-1] == call)
+        await pilot.press("ctrl+p", *"Remove the file of nomic")
+        await until(pilot, lambda: app.screen.query("OptionList").last().option_count)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, Question))
+        await pilot.press("escape", "ctrl+p", *"New worker")
+        await until(pilot, lambda: app.screen.query("OptionList").last().option_count)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(app.screen, NewWorkerDialog))
+
+
 @pytest.mark.parametrize("pulling", [False, True])
 @pytest.mark.parametrize("width", range(20, 250, 7))
 def test_columns_fit_every_width(width: int, pulling: bool) -> None:
