@@ -11,7 +11,7 @@ from tests.transports.http.conftest import ScriptedNode
 
 
 async def test_an_unknown_path_is_a_json_404(gateway: httpx2.AsyncClient) -> None:
-    for path in ("/v1/nothing", "/healthz/", "/api/models/demo/pull", "/%00%0a"):
+    for path in ("/v1/nothing", "/healthz/", "/api/models/demo/nothing", "/%00%0a"):
         response = await gateway.get(path)
         assert response.status_code == 404
         assert response.json()["code"] == "not_found"
@@ -24,6 +24,8 @@ async def test_an_unknown_path_is_a_json_404(gateway: httpx2.AsyncClient) -> Non
         ("DELETE", "/healthz", "GET, HEAD"),
         ("GET", "/api/requests/r", "DELETE"),
         ("OPTIONS", "/api/models/a.b/load", "POST"),
+        ("GET", "/api/models/demo/pull", "POST"),
+        ("POST", "/api/models/demo/file", "DELETE"),
     ],
 )
 async def test_a_wrong_method_is_a_json_405_with_those_allowed(
