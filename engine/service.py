@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.fleet import Fleet
@@ -46,6 +46,7 @@ class InferenceRequest:
         think: asks a reasoning model to think first, or not to; None leaves it to the model's template.
         tools: what the model may call; its template lists them.
         source: the door: http, nats, chat.
+        queued: it has waited in the broker's queue, so what waits there does not count against it.
     """
 
     model: str
@@ -60,10 +61,11 @@ class InferenceRequest:
     source: str = "http"
     reply_to: str | None = None
     priority: int = 0
+    queued: bool = False
 
     @classmethod
     def from_wire(
-        cls, body: CompletionRequest, *, model: str, source: str, trace_id: str | None = None
+        cls, body: CompletionRequest, *, model: str, source: str, trace_id: str | None = None, queued: bool = False
     ) -> InferenceRequest:
         """From a native request; `trace_id` (a header's) counts where the body names none."""
         return cls(
@@ -76,6 +78,7 @@ class InferenceRequest:
             source=source,
             reply_to=body.reply_to,
             priority=body.priority,
+            queued=queued,
         )
 
     @property
@@ -139,6 +142,17 @@ class InferenceService:
         async with await self.submit(request) as generation:
             return await generation.result()
 
+    def answered_again(self, request: InferenceRequest, answer: dict[str, Any]) -> None:
+        """Leaves the row of a repeat that got an earlier answer: nothing was computed."""
+        worker = self._fleet.get(request.model)
+        row = self._row(request, "replayed", error=answer.get("error"))
+        known = {key: answer[key] for key in ("tokens_in", "tokens_out", "finish_reason", "reasoning") if key in answer}
+        worker.audit.record(replace(row, response_text=answer.get("text"), **known))
+
+    def refused(self, request: InferenceRequest, error: RequestError) -> None:
+        """Leaves the row of a request that a door refused by itself."""
+        self._fleet.get(request.model).audit.record(self._row(request, "rejected", error=f"{error.code}: {error}"))
+
     def live(self) -> Iterator[Generation]:
         """All requests that wait or run, oldest first within a model."""
         for worker in self._fleet.workers.values():
@@ -168,7 +182,8 @@ class InferenceService:
         if worker.audit.unavailable is not None:
             raise AuditUnavailable(f"the audit log takes no more rows: {worker.audit.unavailable}")
         capacity = worker.settings.queue_max_msgs
-        if worker.n_in_flight >= worker.n_slots + capacity:
+        n_elsewhere = 0 if request.queued else worker.n_queued_durable
+        if worker.n_in_flight + n_elsewhere >= worker.n_slots + capacity:
             raise QueueFull(
                 model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=_retry_after_s(worker)
             )
@@ -285,19 +300,28 @@ class InferenceService:
         n_prompt_tokens: int,
     ) -> None:
         """The row of a request that no engine saw."""
-        worker.audit.record(
-            RequestRow(
-                **_asked(request),
-                worker_id=self._node,
-                formatted_input=None,
-                response_text=None,
-                tokens_in=n_prompt_tokens,
-                tokens_out=0,
-                dur_ms=round(dur_ms, 3),
-                status=status,
-                error=error,
-                finish_reason="cancelled" if status == "cancelled" else None,
-            )
+        worker.audit.record(self._row(request, status, error=error, dur_ms=dur_ms, n_prompt_tokens=n_prompt_tokens))
+
+    def _row(
+        self,
+        request: InferenceRequest,
+        status: AuditStatus,
+        *,
+        error: str | None,
+        dur_ms: float = 0.0,
+        n_prompt_tokens: int = 0,
+    ) -> RequestRow:
+        return RequestRow(
+            **_asked(request),
+            worker_id=self._node,
+            formatted_input=None,
+            response_text=None,
+            tokens_in=n_prompt_tokens,
+            tokens_out=0,
+            dur_ms=round(dur_ms, 3),
+            status=status,
+            error=error,
+            finish_reason="cancelled" if status == "cancelled" else None,
         )
 
 

@@ -63,6 +63,7 @@ class Worker:
         pull: the figures of a download while one runs.
         requests: live requests by req_id, in order of arrival.
         n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
+        n_queued_durable: requests that wait in the broker's queue, over all nodes; `transports.nats` keeps it true.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Worker:
         self.format: PromptFormat | None = None
         self.requests: dict[str, Generation] = {}
         self.n_preparing = 0
+        self.n_queued_durable = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._events = events
@@ -111,8 +113,14 @@ class Worker:
         return min(self.n_in_flight, self.n_slots)
 
     @property
-    def n_waiting(self) -> int:
+    def n_in_line(self) -> int:
+        """Requests of this process that wait for a slot."""
         return max(0, self.n_in_flight - self.n_slots)
+
+    @property
+    def n_waiting(self) -> int:
+        """All that waits: in this process, and in the broker's queue."""
+        return self.n_in_line + self.n_queued_durable
 
     @property
     def n_ctx(self) -> int:

@@ -20,13 +20,16 @@
         ├── UnknownRequest       404
         ├── NotFound             404
         ├── MethodNotAllowed     405
+        ├── Conflict             409   a req_id that belongs to another body
         ├── TooLarge             413
         ├── QueueFull            429
         ├── ClientGone           499
         ├── EngineFailed         500
         ├── ModelNotLoaded       503
         ├── Draining             503
-        └── AuditUnavailable     503
+        ├── QueueUnavailable     503   the durable queue: switched off, full disk, no broker
+        ├── AuditUnavailable     503
+        └── DeadlineExceeded     504
 
 A `RequestError` makes its own sentence and knows its `code` (a word) and `status` (HTTP's number, used over NATS too).
 """
@@ -227,6 +230,18 @@ class QueueFull(RequestError):
         return super().native(req_id) | {"queue_depth": self.n_waiting, "retry_after_s": self.retry_after_s}
 
 
+class Conflict(RequestError):
+    status = 409
+    code = "req_id_conflict"
+
+    def __init__(self, req_id: str) -> None:
+        self.req_id = req_id
+        super().__init__(
+            f"req_id {req_id} belongs to another request of the last minutes, with another body: use a new req_id",
+            param="req_id",
+        )
+
+
 class ClientGone(RequestError):
     status = 499
     code = "client_gone"
@@ -263,6 +278,20 @@ class Draining(RequestError):
         return {"Retry-After": "5"}
 
 
+class QueueUnavailable(RequestError):
+    status = 503
+    code = "queue_unavailable"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5"}
+
+
 class AuditUnavailable(RequestError):
     status = 503
     code = "audit_unavailable"
+
+
+class DeadlineExceeded(RequestError):
+    status = 504
+    code = "deadline_exceeded"

@@ -20,6 +20,7 @@ from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
+from infsvc import subjects
 from infsvc.errors import ConfigError
 from infsvc.home import Home
 
@@ -209,6 +210,11 @@ class WorkerSettings(BaseSettings):
     @property
     def address(self) -> Address | None:
         return Address.parse(self.http_addr) if self.http_addr else None
+
+    @property
+    def queue_subject(self) -> str:
+        """Where JetStream publishers put this model's durable requests."""
+        return subjects.queue(self.model_name, embedding=self.model_format == "embedding")
 
 
 class NodeSettings(BaseSettings):

@@ -11,10 +11,42 @@ AGGREGATE = "monitoring.aggregate"
 ALERTS = "monitoring.alerts"
 HEARTBEATS = "models.>"
 
+MSG_ID_HEADER = "Nats-Msg-Id"
+"""JetStream's own: a second message with the same value within the stream's window is acknowledged and not kept."""
+
+REPLY_HEADER = "Infsvc-Reply"
+"""On a queue's message: where a waiting caller listens. JetStream keeps no reply subject, so the front door writes it here;
+chunks of a stream go there too."""
+
+DEADLINE_HEADER = "Infsvc-Deadline"
+"""On any request: seconds since the epoch, after which nobody waits for the answer. It is then not computed."""
+
+TRACE_HEADER = "X-Trace-ID"
+
 
 def dotless(name: str) -> str:
     """The model's name as one NATS token."""
     return name.replace(".", "_")
+
+
+def queue(model: str, *, embedding: bool = False) -> str:
+    """Where JetStream publishers put durable requests; the broker acknowledges each, or says that the queue is full."""
+    return f"{'embedding' if embedding else 'inference'}.queue.{model}"
+
+
+def msg_id(model: str, req_id: str) -> str:
+    """The value of `MSG_ID_HEADER` for a request, so that one that is sent twice is queued once."""
+    return f"{model}:{req_id}"
+
+
+def owner(instance: str) -> str:
+    """Request/reply, between nodes: whether that process is still at work on a request."""
+    return f"infsvc.owner.{instance}"
+
+
+def dead(model: str) -> str:
+    """Where a model's dead letters are kept."""
+    return f"infsvc.dead.{dotless(model)}"
 
 
 def health(model: str) -> str:
