@@ -185,7 +185,7 @@ class InferenceService:
         n_elsewhere = 0 if request.queued else worker.n_queued_durable
         if worker.n_in_flight + n_elsewhere >= worker.n_slots + capacity:
             raise QueueFull(
-                model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=_retry_after_s(worker)
+                model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=retry_after_s(worker)
             )
         with worker.preparing():
             formatted, tokens, parser = await asyncio.get_running_loop().run_in_executor(
@@ -340,7 +340,7 @@ def _asked(request: InferenceRequest) -> dict[str, Any]:
     }
 
 
-def _retry_after_s(worker: Worker) -> int:
+def retry_after_s(worker: Worker) -> int:
     """When a place in the queue may be free: what waits, at the median pace, over the slots; 1 to 60 seconds."""
     latency = worker.stats.latency_ms()
     seconds = worker.n_waiting * (latency[0] if latency else 1000.0) / 1000 / worker.n_slots

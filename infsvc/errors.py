@@ -21,10 +21,12 @@
         ├── NotFound             404
         ├── MethodNotAllowed     405
         ├── Conflict             409   a req_id that belongs to another body
+        ├── Removed              410   an operator took it out of the queue
         ├── TooLarge             413
         ├── QueueFull            429
         ├── ClientGone           499
         ├── EngineFailed         500
+        ├── GivenUp              500   tried too often, kept as a dead letter
         ├── ModelNotLoaded       503
         ├── Draining             503
         ├── QueueUnavailable     503   the durable queue: switched off, full disk, no broker
@@ -245,6 +247,16 @@ class Conflict(RequestError):
 class ClientGone(RequestError):
     status = 499
     code = "client_gone"
+
+
+class Removed(RequestError):
+    status = 410
+    code = "removed"
+
+
+class GivenUp(RequestError):
+    status = 500
+    code = "dead_letter"
 
 
 class EngineFailed(RequestError):

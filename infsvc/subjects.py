@@ -15,11 +15,14 @@ MSG_ID_HEADER = "Nats-Msg-Id"
 """JetStream's own: a second message with the same value within the stream's window is acknowledged and not kept."""
 
 REPLY_HEADER = "Infsvc-Reply"
-"""On a queue's message: where a waiting caller listens. JetStream keeps no reply subject, so the front door writes it here;
-chunks of a stream go there too."""
+"""On a queue's message: where a waiting caller listens, for chunks too. JetStream keeps no reply subject, so the front
+door writes it here."""
 
 DEADLINE_HEADER = "Infsvc-Deadline"
 """On any request: seconds since the epoch, after which nobody waits for the answer. It is then not computed."""
+
+REQ_ID_HEADER = "Infsvc-Req-Id"
+"""On a queue's message whose body names no `req_id`: the one it was given."""
 
 TRACE_HEADER = "X-Trace-ID"
 

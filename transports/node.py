@@ -32,6 +32,8 @@ from storage.audit_log import AuditLog, AuditReader
 from storage.node_state import NodeState
 from transports.logs import NodeLog
 from transports.nats.bus import Bus
+from transports.nats.durable import Durable
+from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
 
@@ -112,7 +114,9 @@ class Node:
         self.bus = Bus(
             settings.nats_url, embedded=settings.embedded_nats, home=home, events=self.events, node=self.name
         )
-        self._front_door = FrontDoor(self.bus, self.fleet, self.service, self.stopping)
+        exchanges = Exchanges(self.bus, self.service)
+        self.durable = Durable(self.bus, self.fleet, self.service, exchanges, self.name)
+        self._front_door = FrontDoor(self.bus, self.fleet, self.service, exchanges, self.durable, self.stopping)
         self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None
@@ -147,7 +151,7 @@ class Node:
             for name in self._chosen:
                 self.fleet.load(name)
             self.fleet.scan()
-            for part in (self.bus, self._front_door, self._heartbeats):
+            for part in (self.bus, self.durable, self._front_door, self._heartbeats):
                 await part.start()
                 exits.push_async_callback(part.close)
             self._note("health.started", "heartbeats and health replies")
@@ -166,6 +170,9 @@ class Node:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._note("shutdown", f"{self.name} stops")
+        # Other nodes take what comes and what waits, while this one ends what runs.
+        await self._front_door.leave()
+        await self.durable.hand_over()
         await self.service.drain(GRACE_S)
         self.stopping.set()
         await self._exits.aclose()

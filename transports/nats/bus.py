@@ -53,7 +53,8 @@ _PING_S = 5
 
 @dataclass(frozen=True, kw_only=True)
 class BusState:
-    """What the screen and `/healthz` show. `url` names hosts and ports only; `since` is seconds since the epoch."""
+    """What the screen and `/healthz` show. `url` names hosts and ports only; `since` is seconds since the epoch; the
+    `reason` of a connected broker is what it cannot do."""
 
     status: Status
     url: str
@@ -122,6 +123,7 @@ class Bus:
         self.events = events
         self.state = BusState(status="off", url=",".join(shown(one) for one in self._servers), since=time.time())
         self.nc: Client | None = None
+        self._remark: str | None = None
         self._callbacks: list[OnConnected] = []
         self._task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
@@ -163,6 +165,12 @@ class Bus:
     def max_payload(self) -> int:
         """The largest message the broker takes, in bytes."""
         return int(self.nc.max_payload) if self.nc is not None else 2**20
+
+    def remark(self, reason: str | None) -> None:
+        """What is wrong with a broker that is connected, or None; shown beside its state."""
+        if self.state.status == "connected":
+            self._set("connected", embedded=self.state.embedded, reason=reason)
+        self._remark = reason
 
     async def publish(self, subject: str, payload: bytes) -> bool:
         """Sends a message; whether the connection took it. Never raises, never waits longer than two seconds."""
@@ -254,10 +262,11 @@ class Bus:
             await bounded(nc.close(), _CLOSE_S)
             raise
         self.nc, self._lost = nc, lost
+        self._remark = None
         for callback in self._callbacks:
             await bounded(self._call(callback, nc), _CALLBACK_S)
         await bounded(nc.flush(), _CALLBACK_S)
-        self._set("connected", embedded=embedded)
+        self._set("connected", embedded=embedded, reason=self._remark)
 
     async def _call(self, callback: OnConnected, nc: Client) -> None:
         try:
@@ -319,9 +328,13 @@ class Bus:
 
     def _log(self, state: BusState) -> None:
         whose = "the embedded broker" if state.embedded else "the broker"
+        beside = f": {state.reason}" if state.reason else ""
         level, text = {
             "starting": (logging.DEBUG, f"connecting to {state.url}"),
-            "connected": (logging.INFO, f"connected to {whose} at {state.url}"),
+            "connected": (
+                logging.WARNING if state.reason else logging.INFO,
+                f"connected to {whose} at {state.url}{beside}",
+            ),
             "down": (logging.WARNING, f"no broker: {state.reason}"),
             "off": (logging.INFO, "left the broker"),
         }[state.status]

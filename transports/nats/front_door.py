@@ -1,14 +1,22 @@
 """Requests in, over core NATS: each served model's subject, and `inference.cancel`.
 
-A message with a reply subject is answered there: the reply *is* the answer. A message without one is answered on
-its `reply_to`, else on `<RESPONSE_PREFIX>.<req_id>`; here it lives in memory only and is lost with the node, and
-what names neither is counted, logged and dropped. Keeping such work durably needs a stream, which is not this
-file's business.
+A message with a reply subject is answered there: the reply *is* the answer. One without is answered on its `reply_to`,
+else on `<RESPONSE_PREFIX>.<req_id>`. The door decides how a request goes on:
 
-Each message becomes a task at once, because nats-py runs one subscription's callbacks one after another. Admission
-is the service's; the door itself only bounds its tasks, so that a flood is answered with `queue_full` and not with
-memory. A connection that is lost in the middle of a request does not end it: it finishes, and its answer goes out
-if the broker is back by then.
+| it | goes |
+|---|---|
+| has a `req_id`, or no reply subject | to the durable queue: any node may answer it, also after a crash, and once |
+| has a reply subject alone, and a slot is free | straight to the engine: nobody could ask for it again |
+| has a reply subject alone, and no slot is free | to the durable queue, where a node with room finds it |
+| is malformed, or cannot be queued | nowhere: it is refused, and the spool is told to pass over it |
+
+A broker without JetStream has no queue: whoever waits on a reply subject is then served from memory, and the rest is
+refused in words. What has neither reply subject, `reply_to` nor `req_id` is counted, logged and dropped. What has a
+`reply_to` alone is the spool's, because only its number there can tell two such messages apart.
+
+Each message becomes a task at once, because nats-py runs one subscription's callbacks one after another. Admission is
+the service's and the queue's; the door itself only bounds its tasks, so that a flood is answered with `queue_full` and
+not with memory. A connection that is lost in the middle of a request does not end it.
 """
 
 from __future__ import annotations
@@ -16,21 +24,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from engine.fleet import Fleet
-from engine.generation import Generation
-from engine.service import InferenceRequest, InferenceService
+from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import BadRequest, Draining, EngineFailed, QueueFull, RequestError
-from infsvc.types import CompletionChunk
+from infsvc.errors import BadRequest, Draining, EngineFailed, ModelNotLoaded, QueueFull, RequestError
+from infsvc.types import ModelState
 from transports.nats.bus import Bus, bounded
-from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
+from transports.nats.durable import Durable
+from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.messages import encode, named, read_object
 from transports.nats.subscriptions import ModelSubscriptions
 
 log = logging.getLogger("infsvc.nats")
@@ -38,27 +46,28 @@ log = logging.getLogger("infsvc.nats")
 _CLOSE_S = 2.0
 _SPARE_TASKS = 64
 """Tasks above a model's slots and queue: those that are being refused."""
-
-
-@dataclass
-class _Exchange:
-    """One message and where its answers go."""
-
-    worker: Worker
-    message: Msg
-    req_id: str | None = None
-    targets: list[str] = field(default_factory=list)
+_SOON = frozenset({ModelState.LOADING, ModelState.READY})
 
 
 class FrontDoor:
-    """Takes requests from NATS to the service. Loop thread only.
+    """Takes requests from NATS to the engine or to the durable queue. Loop thread only.
 
     Args:
         stopping: set when the node shuts down; new work is refused from then on.
     """
 
-    def __init__(self, bus: Bus, fleet: Fleet, service: InferenceService, stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        fleet: Fleet,
+        service: InferenceService,
+        exchanges: Exchanges,
+        durable: Durable,
+        stopping: asyncio.Event,
+    ) -> None:
         self._bus, self._service, self._stopping = bus, service, stopping
+        self._exchanges, self._durable = exchanges, durable
+        self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._n_tasks: Counter[str] = Counter()
         self._cancels: Any = None
@@ -70,6 +79,8 @@ class FrontDoor:
             subject=lambda worker: worker.settings.subject,
             queue=lambda worker: worker.settings.queue_group,
             handler=self._receive,
+            # A message that comes before its spool is there would be in this process's memory alone.
+            before=durable.settle,
         )
         bus.on_connected(self._subscribe_cancel)
 
@@ -81,9 +92,14 @@ class FrontDoor:
     async def start(self) -> None:
         await self.subscriptions.start()
 
+    async def leave(self) -> None:
+        """Takes no more messages, so that the broker gives them to other nodes; what is under way goes on."""
+        self._leaving = True
+        await self.subscriptions.close()
+
     async def close(self) -> None:
         """Takes no more messages, and gives those under way two seconds to send their last answer."""
-        await self.subscriptions.close()
+        await self.leave()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_S)
         for task in self._tasks:
@@ -93,11 +109,13 @@ class FrontDoor:
         await self._bus.flush()
 
     async def _receive(self, worker: Worker, message: Msg) -> None:
-        exchange = _Exchange(worker, message, targets=[message.reply] if message.reply else [])
+        exchange = Exchange(worker, message.data, message.headers or {}, message.reply or None)
         capacity = worker.settings.queue_max_msgs
         if self._n_tasks[worker.name] >= capacity + worker.n_slots + _SPARE_TASKS:
-            full = QueueFull(model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=2)
-            await self._answer(exchange, full.native(None))
+            if exchange.reply:
+                full = QueueFull(model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=2)
+                await self._exchanges.answer(exchange, full.native(None))
+            # What nobody waits for lies in the spool, which takes it from there.
             return
         self._n_tasks[worker.name] += 1
         task = asyncio.create_task(self._serve(exchange), name=f"nats-request-{worker.name}")
@@ -110,75 +128,59 @@ class FrontDoor:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a request broke", exc_info=error, extra={"code": "nats.request_broke", "model": model})
 
-    async def _serve(self, exchange: _Exchange) -> None:
-        """A message from its bytes to its last answer; every way it can fail is an answer too."""
+    async def _serve(self, exchange: Exchange) -> None:
+        """A message from its bytes to its answer, or to the queue; every way it can fail is an answer too."""
         try:
             final = await self._run(exchange)
         except RequestError as error:
             final = error.native(exchange.req_id)
+            await self._durable.pass_over(exchange)
         except Exception as error:
             log.exception("a request broke", extra={"code": "nats.request_broke", "model": exchange.worker.name})
             final = EngineFailed(f"the node failed: {type(error).__name__}").native(exchange.req_id)
-        await self._answer(exchange, final)
+        if final is None:
+            return
+        if exchange.targets:
+            await self._exchanges.answer(exchange, final)
+        else:
+            self._drop(exchange)
 
-    async def _run(self, exchange: _Exchange) -> dict[str, Any]:
-        worker, message = exchange.worker, exchange.message
-        body = read_object(message.data)
-        exchange.req_id = named(body, "req_id")
-        self._address(exchange, body)
+    async def _run(self, exchange: Exchange) -> dict[str, Any] | None:
+        """The answer, or None when somebody else will give it."""
+        exchange.read()
         if not exchange.targets:
             return {}
-        request = validate(body, model=worker.name, has_reply=bool(message.reply))
-        if self._stopping.is_set():
+        leaving = self._leaving or self._stopping.is_set()
+        for_the_spool = exchange.reply is None and (leaving or exchange.req_id is None)
+        if for_the_spool and await self._durable.spools(exchange.worker):
+            return None  # it lies there for this node, another one or the next start
+        if leaving:
             raise Draining("the node is shutting down")
-        headers = message.headers or {}
-        inference = InferenceRequest.from_wire(
-            request, model=worker.name, source="nats", trace_id=headers.get("X-Trace-ID")
+        exchange.check_deadline()
+        if await self._is_direct(exchange):
+            return await self._exchanges.compute(exchange)
+        await self._durable.put(exchange)
+        return None
+
+    async def _is_direct(self, exchange: Exchange) -> bool:
+        worker = exchange.worker
+        if exchange.reply is None:
+            return False
+        if exchange.req_id is None and worker.n_in_flight < worker.n_slots and not worker.n_queued_durable:
+            return True
+        if worker.state not in _SOON:
+            if worker.state is ModelState.DRAINING:
+                raise Draining(f"{worker.name} is being unloaded", param="model")
+            raise ModelNotLoaded(worker.name, worker.state.replace("_", " "), worker.reason)
+        return await self._durable.reason(worker) is not None
+
+    def _drop(self, exchange: Exchange) -> None:
+        self.n_dropped += 1
+        log.warning(
+            "a message on %s has no reply subject, reply_to or req_id to answer to: dropped",
+            exchange.worker.settings.subject,
+            extra={"code": "nats.dropped", "model": exchange.worker.name, "meta": {"n_dropped": self.n_dropped}},
         )
-        exchange.req_id = inference.req_id
-        async with await self._service.submit(inference) as generation:
-            if request.stream and message.reply:
-                await self._stream(generation, message.reply)
-                return (await generation.result()).wire() | {"done": True}
-            return (await generation.result()).wire()
-
-    @staticmethod
-    def _address(exchange: _Exchange, body: dict[str, Any]) -> None:
-        """Adds where answers go beside the reply subject; before validation, as a refusal must find its way too."""
-        reply_to = named(body, "reply_to")
-        if reply_to is not None and is_answerable(reply_to):
-            if reply_to not in exchange.targets:
-                exchange.targets.append(reply_to)
-        elif not exchange.targets and exchange.req_id is not None:
-            subject = f"{exchange.worker.settings.response_prefix}.{exchange.req_id}"
-            if is_answerable(subject):
-                exchange.targets.append(subject)
-
-    async def _stream(self, generation: Generation, subject: str) -> None:
-        index = 0
-        async for chunk in generation:
-            if chunk.text:
-                event = CompletionChunk(req_id=generation.req_id, index=index, text=chunk.text)
-                await self._bus.publish(subject, encode(event.model_dump()))
-                index += 1
-
-    async def _answer(self, exchange: _Exchange, answer: dict[str, Any]) -> None:
-        model = exchange.worker.name
-        if not exchange.targets:
-            self.n_dropped += 1
-            log.warning(
-                "a message on %s has no reply subject, reply_to or req_id to answer to: dropped",
-                exchange.message.subject,
-                extra={"code": "nats.dropped", "model": model, "meta": {"n_dropped": self.n_dropped}},
-            )
-            return
-        data = encode_final(answer, limit_bytes=self._bus.max_payload)
-        for target in exchange.targets:
-            if not await self._bus.publish(target, data):
-                log.warning(
-                    "an answer was lost: no connection to the broker",
-                    extra={"code": "nats.answer_lost", "model": model, "meta": {"req_id": exchange.req_id}},
-                )
 
     async def _subscribe_cancel(self, nc: Client) -> None:
         self._cancels = await nc.subscribe(subjects.CANCEL, cb=self._cancel)

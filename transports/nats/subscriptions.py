@@ -42,6 +42,7 @@ class ModelSubscriptions:
         name: names the task.
         queue: the queue group of a worker's subscription; "" for none.
         handler: called with each message, one after another; it hands off and returns.
+        before: awaited with the models that are about to be subscribed; it does not take long.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class ModelSubscriptions:
         subject: Callable[[Worker], str],
         handler: Handler,
         queue: Callable[[Worker], str] = lambda _: "",
+        before: Callable[[list[Worker]], Awaitable[None]] | None = None,
     ) -> None:
         self._bus, self._fleet, self._name = bus, fleet, name
-        self._subject, self._queue, self._handler = subject, queue, handler
+        self._subject, self._queue, self._handler, self._before = subject, queue, handler, before
         self._nc: Client | None = None
         self._subscriptions: dict[str, Subscription] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -100,6 +102,10 @@ class ModelSubscriptions:
             nc = self._nc
             if self._closed or nc is None or nc is not self._bus.nc:
                 return
+            workers = self._fleet.workers.values()
+            joining = [worker for worker in workers if is_served(worker) and worker.name not in self._subscriptions]
+            if joining and self._before is not None:
+                await self._before(joining)
             for worker in self._fleet.workers.values():
                 subscribed = worker.name in self._subscriptions
                 if is_served(worker) and not subscribed:

@@ -18,12 +18,14 @@ from infsvc.events import BrokerStateChanged, Event, EventBus
 from infsvc.home import Home
 from transports.nats.broker import EmbeddedBroker
 from transports.nats.bus import Bus
+from transports.nats.durable import Durable
+from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
 
 from .fakes import FakeFleet, FakeService, FakeWorker
 
-PATIENCE_S = 20.0
+PATIENCE_S = 10.0
 
 
 def free_port() -> int:
@@ -108,12 +110,14 @@ class Doors:
         self.bus = Bus(url, embedded="auto", home=home, events=events, node="test")
         fleet: Any = self.fleet
         service: Any = self.service
-        self.front_door = FrontDoor(self.bus, fleet, service, self.stopping)
+        exchanges = Exchanges(self.bus, service)
+        self.durable = Durable(self.bus, fleet, service, exchanges, "test")
+        self.front_door = FrontDoor(self.bus, fleet, service, exchanges, self.durable, self.stopping)
         self.heartbeats = Heartbeats(self.bus, fleet, events, "test")
 
     async def __aenter__(self) -> Doors:
         async with AsyncExitStack() as exits:
-            for part in (self.bus, self.front_door, self.heartbeats):
+            for part in (self.bus, self.durable, self.front_door, self.heartbeats):
                 await part.start()
                 exits.push_async_callback(part.close)
             await broker_is(self.events, "connected")

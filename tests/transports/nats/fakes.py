@@ -9,7 +9,7 @@ from typing import Any
 from engine.generation import Chunk
 from engine.service import InferenceRequest
 from engine.stats import ModelStats
-from infsvc.errors import EngineFailed
+from infsvc.errors import EngineFailed, RequestError
 from infsvc.events import EventBus, ModelStateChanged
 from infsvc.settings import WorkerSettings
 from infsvc.types import (
@@ -23,6 +23,13 @@ from infsvc.types import (
 )
 
 
+class FakeAudit:
+    """A log whose rows are on disk as soon as they are taken."""
+
+    async def flush(self) -> None:
+        pass
+
+
 class FakeWorker:
     """A model whose state and queue are set by hand."""
 
@@ -32,10 +39,15 @@ class FakeWorker:
         self.state = ModelState.READY
         self.reason: str | None = None
         self.asked = True
-        self.n_active = self.n_waiting = 0
+        self.n_active = self.n_in_line = self.n_queued_durable = self.n_in_flight = 0
+        self.audit = FakeAudit()
         self.n_slots = self.settings.worker_concurrency
         self.stats = ModelStats()
         self._events = events
+
+    @property
+    def n_waiting(self) -> int:
+        return self.n_in_line + self.n_queued_durable
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         self.state, self.reason = state, reason
@@ -82,6 +94,9 @@ class FakeFleet:
     def __init__(self, *workers: FakeWorker) -> None:
         self.workers = {worker.name: worker for worker in workers}
 
+    def get(self, name: str) -> FakeWorker:
+        return self.workers[name]
+
 
 class FakeGeneration:
     """Yields the given texts; with `hold` it then waits until it is cancelled or `let_go` is called."""
@@ -89,6 +104,7 @@ class FakeGeneration:
     def __init__(self, request: InferenceRequest, texts: list[str], *, hold: bool = False, dies: bool = False) -> None:
         self.req_id = request.req_id
         self.reply: CompletionReply | None = None
+        self.running = True
         self.cancelled = False
         self._texts, self._dies = texts, dies
         self._free = asyncio.Event()
@@ -141,6 +157,15 @@ class FakeService:
         self.requests: list[InferenceRequest] = []
         self.live: dict[str, FakeGeneration] = {}
         self.submitted = asyncio.Event()
+        self.draining = False
+        self.repeats: list[tuple[InferenceRequest, dict[str, Any]]] = []
+        self.refusals: list[tuple[InferenceRequest, RequestError]] = []
+
+    def answered_again(self, request: InferenceRequest, answer: dict[str, Any]) -> None:
+        self.repeats.append((request, answer))
+
+    def refused(self, request: InferenceRequest, error: RequestError) -> None:
+        self.refusals.append((request, error))
 
     async def submit(self, request: InferenceRequest) -> FakeGeneration:
         self.requests.append(request)

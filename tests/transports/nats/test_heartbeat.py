@@ -80,7 +80,7 @@ async def test_reports_show_the_level_under_both_names(dotted: Doors, url: str, 
         wildcard = await client.subscribe("monitoring.inference.*")
         await client.flush()
         for waiting, level in ((1, "healthy"), (5, "warning"), (10, "critical")):
-            dotted.worker.n_waiting = waiting
+            dotted.worker.n_in_line = waiting
             for subscription in (literal, wildcard):
                 while (report := await told(subscription))["pending_messages"] != waiting:
                     pass
@@ -95,7 +95,7 @@ async def test_a_rise_to_critical_is_one_alert(doors: Doors, client: Any, events
     alerts = await client.subscribe("monitoring.alerts")
     totals = await client.subscribe("monitoring.aggregate")
     await client.flush()
-    doors.worker.n_waiting = 11
+    doors.worker.n_in_line = 11
     alert = await told(alerts)
     assert (alert["type"], alert["model"], alert["level"]) == ("alert", "demo", "critical")
     assert alert["msg"] == "demo has 11 requests waiting"
@@ -114,7 +114,7 @@ async def test_a_failed_model_is_an_alert(doors: Doors, client: Any) -> None:
 
 async def test_the_aggregate_is_the_sum(url: str, home: Home, events: EventBus) -> None:
     first, second = FakeWorker("a", events), FakeWorker("b", events)
-    first.n_waiting, second.n_waiting, second.n_active = 2, 6, 4
+    first.n_in_line, second.n_in_line, second.n_active = 2, 6, 4
     async with Doors(url, home, events, first, second), client_of(url) as client:
         total = await told(await client.subscribe("monitoring.aggregate"))
     expected = {"node": "test", "models": 2, "models_ready": 2, "pending_messages": 8, "active_processing": 4}
@@ -129,7 +129,7 @@ async def test_events_go_on_without_a_broker(url: str, home: Home, events: Event
     heartbeats = Heartbeats(bus, fleet, events, "test")
     await bus.start()
     await heartbeats.start()
-    worker.n_waiting = 1
+    worker.n_in_line = 1
     await happened(events, lambda event: isinstance(event, QueueReported), replay=False)
     worker.move(ModelState.DRAINING)
 

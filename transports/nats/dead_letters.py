@@ -1,0 +1,317 @@
+"""Requests that could not be answered, kept with the reason until somebody replays or deletes them.
+
+A node that gives up on a message puts it here itself. What ended without a node's word, because the process that ran
+it died each time, is told by the broker's advisories: a stream keeps those, and whichever node is up moves the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+from infsvc import subjects
+from infsvc.errors import BadRequest, NotFound, QueueFull, QueueUnavailable
+from infsvc.types import new_req_id
+from transports.nats.jetstream import FULL, STREAM_NOT_FOUND, JetStream, JetStreamFault, Kept
+from transports.nats.messages import named, read_object
+from transports.nats.puller import Puller
+from transports.nats.streams import (
+    ADVISORIES,
+    DEAD,
+    UNDERTAKERS,
+    advisory_consumer,
+    advisory_stream,
+    dead_stream,
+    model_of_queue,
+)
+
+log = logging.getLogger("infsvc.nats")
+
+_N_AT_ONCE = 16
+_MODEL, _REASON, _STREAM = "Infsvc-Dead-Model", "Infsvc-Dead-Reason", "Infsvc-Dead-Stream"
+_SEQ, _DELIVERIES, _SUBJECT = "Infsvc-Dead-Seq", "Infsvc-Dead-Deliveries", "Infsvc-Dead-Subject"
+_KEPT_HEADERS = (subjects.REPLY_HEADER, subjects.TRACE_HEADER, subjects.REQ_ID_HEADER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLetter:
+    """One request that could not be answered.
+
+    Attributes:
+        id: its number, which replay and delete name.
+        reason: what went wrong the last time.
+        n_delivered: how often it was tried.
+        subject: the queue it lay in.
+        died_ts: when, in seconds since the epoch.
+        body: the message as it came.
+    """
+
+    id: int
+    model: str
+    req_id: str | None
+    reason: str
+    n_delivered: int
+    subject: str
+    died_ts: float
+    body: bytes
+    headers: dict[str, str]
+
+    def wire(self) -> dict[str, Any]:
+        """The letter as JSON; the body as an object when it is one, else as text."""
+        try:
+            body: Any = read_object(self.body)
+        except Exception:
+            body = self.body.decode(errors="replace")
+        died = datetime.fromtimestamp(self.died_ts, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return {
+            "id": self.id,
+            "model": self.model,
+            "req_id": self.req_id,
+            "reason": self.reason,
+            "deliveries": self.n_delivered,
+            "subject": self.subject,
+            "died": died,
+            "body": body,
+        }
+
+
+class DeadLetters:
+    """The dead letters of every model on the broker. Loop thread only.
+
+    Args:
+        tell: called with each new letter of this node's making.
+        close_case: called before a message that the broker gave up on is moved (model, body, headers, reason): answers
+            its caller; whether the message is dead indeed.
+        reopen: called before a replay (model, req_id): lets the request be executed again.
+    """
+
+    def __init__(
+        self,
+        js: JetStream,
+        *,
+        tell: Callable[[DeadLetter], Awaitable[None]],
+        close_case: Callable[[str, Kept, str], Awaitable[bool]],
+        reopen: Callable[[str, str], Awaitable[None]],
+    ) -> None:
+        self._js, self._tell, self._close_case, self._reopen = js, tell, close_case, reopen
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._puller = Puller(
+            ADVISORIES, UNDERTAKERS, room=lambda: _N_AT_ONCE - len(self._tasks), take=self._take_advisory
+        )
+
+    async def prepare(self) -> None:
+        """Makes the streams; raises `JetStreamFault`."""
+        await self._js.have_stream(dead_stream())
+        await self._js.have_stream(advisory_stream())
+        await self._js.have_consumer(ADVISORIES, advisory_consumer())
+
+    async def run(self, nc: Client) -> None:
+        """Reads advisories over one connection until it is cancelled; raises `ConsumerGone`."""
+        await self._puller.run(nc)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def bury(
+        self,
+        *,
+        model: str,
+        reason: str,
+        stream: str,
+        seq: int,
+        subject: str,
+        n_delivered: int,
+        body: bytes,
+        headers: dict[str, str],
+    ) -> None:
+        """Keeps a message as a dead letter; the same one twice is kept once. Raises `JetStreamFault`."""
+        marks = {key: headers[key] for key in _KEPT_HEADERS if key in headers} | {
+            _MODEL: model,
+            _REASON: " ".join(reason.split())[:2000],
+            _STREAM: stream,
+            _SEQ: str(seq),
+            _DELIVERIES: str(n_delivered),
+            _SUBJECT: subject,
+            subjects.MSG_ID_HEADER: f"dead:{stream}:{seq}",
+        }
+        stored = await self._js.publish(subjects.dead(model), body, marks)
+        if stored.duplicate:
+            return
+        letter = _letter(Kept(subjects.dead(model), stored.seq, body, marks, time.time()))
+        log.error(
+            "a request for %s is dead: %s",
+            model,
+            letter.reason,
+            extra={"code": "queue.dead", "model": model, "meta": {"id": letter.id, "req_id": letter.req_id}},
+        )
+        await self._tell(letter)
+
+    async def page(self, *, model: str | None = None, after: int = 0, limit: int = 100) -> list[DeadLetter]:
+        """Letters in order of their death.
+
+        Args:
+            after: the id behind which the page begins.
+
+        Raises:
+            QueueUnavailable: the broker cannot be asked.
+        """
+        subject = ">" if model is None else subjects.dead(model)
+        letters: list[DeadLetter] = []
+        with _plainly():
+            while len(letters) < limit:
+                kept = await self._js.next_message(DEAD, after + 1, subject)
+                if kept is None:
+                    break
+                after = kept.seq
+                letter = _letter(kept)
+                if model is None or letter.model == model:
+                    letters.append(letter)
+        return letters
+
+    async def count(self) -> int:
+        """How many there are; raises `QueueUnavailable`."""
+        with _plainly():
+            return int((await self._js.call(f"STREAM.INFO.{DEAD}"))["state"]["messages"])
+
+    async def delete(self, number: int) -> None:
+        """Forgets a letter; raises `NotFound`, `QueueUnavailable`."""
+        with _plainly():
+            if not await self._js.delete(DEAD, number):
+                raise _no_letter(number)
+
+    async def replay(self, number: int) -> DeadLetter:
+        """Puts a letter's request back into its queue, to be answered where it says.
+
+        Raises:
+            NotFound: there is no such letter.
+            BadRequest: its message is not there any more.
+            QueueFull, QueueUnavailable: it stays a letter.
+        """
+        with _plainly():
+            kept = await self._js.message(DEAD, number)
+            if kept is None:
+                raise _no_letter(number)
+            letter = _letter(kept)
+            if not letter.body:
+                raise BadRequest(f"dead letter {number} has no message any more: delete it", param="id")
+            if letter.req_id is not None:
+                await self._reopen(letter.model, letter.req_id)
+            headers = {key: kept.headers[key] for key in _KEPT_HEADERS if key in kept.headers}
+            # A new id: the first one's may still be within the broker's window.
+            headers[subjects.MSG_ID_HEADER] = f"replay:{number}:{new_req_id()}"
+            try:
+                await self._js.publish(letter.subject, letter.body, headers)
+            except JetStreamFault as fault:
+                if fault.err_code == FULL:
+                    raise QueueFull(model=letter.model, n_waiting=0, capacity=0, retry_after_s=5) from None
+                raise
+            await self._js.delete(DEAD, number)
+            return letter
+
+    def _take_advisory(self, message: Msg) -> None:
+        task = asyncio.create_task(self._heed(message), name="dead-letters")
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._puller.wake()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("an advisory broke", exc_info=error, extra={"code": "queue.advisory"})
+
+    async def _heed(self, message: Msg) -> None:
+        try:
+            advisory = json.loads(message.data)
+            stream, seq = str(advisory["stream"]), int(advisory["stream_seq"])
+        except (ValueError, KeyError, TypeError):
+            await self._js.send(message.reply, b"+TERM not an advisory")
+            return
+        try:
+            await self._move(stream, seq, advisory)
+        except JetStreamFault as fault:
+            log.debug("an advisory waits: %s", fault, extra={"code": "queue.advisory"})
+            await self._js.send(message.reply, b'-NAK {"delay": 2000000000}')
+            return
+        await self._js.send(message.reply, b"+ACK")
+
+    async def _move(self, stream: str, seq: int, advisory: dict[str, Any]) -> None:
+        """Moves the message that an advisory tells of; one of another program's streams is none of ours."""
+        try:
+            config = (await self._js.call(f"STREAM.INFO.{stream}"))["config"]
+        except JetStreamFault as fault:
+            if fault.err_code == STREAM_NOT_FOUND:
+                return
+            raise
+        model = model_of_queue(config)
+        if model is None:
+            return
+        kept = await self._js.message(stream, seq)
+        if "reason" in advisory or kept is None:
+            # A node that terminates a message has buried it first; then this finds it there and adds nothing.
+            if kept is None and "reason" in advisory:
+                await self._bury_kept(model, stream, seq, advisory, Kept(str(config["subjects"][0]), seq, b"", {}, 0.0))
+            return
+        reason = (
+            f"delivered {advisory.get('deliveries')} times and never finished: the process that ran it died, or stood "
+            "still, each time"
+        )
+        if await self._close_case(model, kept, reason):
+            await self._bury_kept(model, stream, seq, advisory | {"reason": reason}, kept)
+        await self._js.delete(stream, seq)
+
+    async def _bury_kept(self, model: str, stream: str, seq: int, advisory: dict[str, Any], kept: Kept) -> None:
+        await self.bury(
+            model=model,
+            reason=str(advisory["reason"]),
+            stream=stream,
+            seq=seq,
+            subject=kept.subject,
+            n_delivered=int(advisory.get("deliveries", 0)),
+            body=kept.data,
+            headers=kept.headers,
+        )
+
+
+def _letter(kept: Kept) -> DeadLetter:
+    headers = kept.headers
+    req_id = None
+    with suppress(Exception):
+        req_id = named(read_object(kept.data), "req_id")
+    return DeadLetter(
+        id=kept.seq,
+        model=headers.get(_MODEL, kept.subject.rpartition(".")[2]),
+        req_id=req_id or headers.get(subjects.REQ_ID_HEADER),
+        reason=headers.get(_REASON, ""),
+        n_delivered=int(headers.get(_DELIVERIES, "0")),
+        subject=headers.get(_SUBJECT, ""),
+        died_ts=kept.stored_s,
+        body=kept.data,
+        headers=headers,
+    )
+
+
+def _no_letter(number: int) -> NotFound:
+    return NotFound(f"there is no dead letter {number}: GET /api/dead lists them", param="id")
+
+
+class _plainly:
+    """Turns a broker's fault into the error that a door shows."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, JetStreamFault):
+            raise QueueUnavailable(f"the broker's dead letters cannot be reached: {error}") from error

@@ -1,0 +1,515 @@
+"""The durable queues of all models that this node serves: made when a model is served, kept true over connections, and
+handed over when the node leaves.
+
+It stands apart from one model's `WorkQueue` because of what concerns them together: whether the broker has JetStream at
+all, streams of an operator's own that spoil the promise, dead letters, and the question between nodes who is at work on
+what.
+
+    connection → JetStream there? → dead letters → for each served model: streams, consumers → queue and spool
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from contextlib import suppress
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from engine.fleet import Fleet
+from engine.service import InferenceService
+from engine.worker import Worker
+from infsvc import subjects
+from infsvc.errors import GivenUp, QueueUnavailable, Removed, RequestError
+from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
+from infsvc.types import ModelState
+from transports.nats.bus import Bus
+from transports.nats.dead_letters import DeadLetter, DeadLetters
+from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept
+from transports.nats.messages import encode, named, read_object
+from transports.nats.once import OnceBook, Overtaken, body_hash
+from transports.nats.puller import ConsumerGone
+from transports.nats.spool import Spool, mark_of
+from transports.nats.streams import (
+    foreign_streams,
+    once_bucket,
+    once_stream,
+    queue_consumer,
+    queue_stream,
+    spool_consumer,
+    spool_stream,
+)
+from transports.nats.subscriptions import is_served
+from transports.nats.work_queue import Taken, WorkQueue
+
+log = logging.getLogger("infsvc.nats")
+
+_SETUP_S = 5.0
+"""How long a request waits for its queue to be made on a fresh connection."""
+_SETTLE_S = 1.5
+_RETRY_S = 2.0
+_LOOK_S = 60.0
+"""How often an operator's own streams are looked for."""
+_ASK_S = 1.0
+_N_SILENT = 10
+_CLOSE_S = 2.0
+
+
+class _Lane:
+    """One model's queue and spool, and the task that serves them over the present connection."""
+
+    def __init__(self, worker: Worker, queue: WorkQueue, spool: Spool) -> None:
+        self.worker, self.queue, self.spool = worker, queue, spool
+        self.task: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()
+        self.problem: str | None = None
+        self.spools = False
+
+
+class Durable:
+    """Loop thread only.
+
+    Args:
+        node: the node's name.
+    """
+
+    def __init__(self, bus: Bus, fleet: Fleet, service: InferenceService, exchanges: Exchanges, node: str) -> None:
+        self._bus, self._fleet, self._service, self._exchanges = bus, fleet, service, exchanges
+        self._node = node
+        self.instance = f"{subjects.dotless(''.join(c if c.isalnum() else '_' for c in node))}-{secrets.token_hex(6)}"
+        self.js = JetStream(bus)
+        self.dead = DeadLetters(self.js, tell=self._tell_dead, close_case=self._close_case, reopen=self._reopen)
+        self._lanes: dict[str, _Lane] = {}
+        self._session: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._decided = asyncio.Event()
+        self._off: str | None = None
+        self._foreign: dict[str, tuple[str, ...]] = {}
+        self._silent: dict[str, int] = {}
+        self._handing_over: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        bus.on_connected(self._connected)
+        bus.events.listen(self._on_event)
+
+    async def start(self) -> None:
+        """Nothing runs before the bus has a connection."""
+
+    async def hand_over(self) -> None:
+        """Takes no more work and gives back, at once, what no slot works on; what runs goes on."""
+        self._leaving = True
+        await asyncio.gather(*(lane.queue.hand_over() for lane in self._lanes.values()))
+
+    async def close(self) -> None:
+        """Leaves every queue: two seconds for what ends now; the broker gives the rest to others."""
+        await self.hand_over()
+        await asyncio.gather(
+            *(lane.queue.settled(_CLOSE_S) for lane in self._lanes.values()),
+            *(lane.spool.close(_CLOSE_S) for lane in self._lanes.values()),
+        )
+        await self._end_session()
+        await self.dead.close()
+        await self._bus.flush()
+
+    async def settle(self, workers: list[Worker]) -> None:
+        """Waits for these models' queues to be made, or found impossible; not for long."""
+        self._changed.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_S):
+                await self._decided.wait()
+                if self._off is None:
+                    await asyncio.gather(*(self._lane(worker).ready.wait() for worker in workers))
+
+    async def reason(self, worker: Worker) -> str | None:
+        """Why the model's queue takes nothing, or None. Waits while that is being found out."""
+        try:
+            async with asyncio.timeout(_SETUP_S):
+                await self._decided.wait()
+                if self._off is not None:
+                    return self._off
+                lane = self._lanes.get(worker.name)
+                if lane is None:
+                    return f"{worker.name} is not served by this node"
+                await lane.ready.wait()
+                return lane.problem
+        except TimeoutError:
+            return "the broker's queue is not ready"
+
+    async def spools(self, worker: Worker) -> bool:
+        """Whether what is published without a reply subject is kept by itself, also when no front door takes it."""
+        return await self.reason(worker) is None and self._lanes[worker.name].spools
+
+    async def put(self, exchange: Exchange) -> None:
+        """Puts a request into its model's queue; see `WorkQueue.put`."""
+        problem = await self.reason(exchange.worker)
+        if problem is not None:
+            raise QueueUnavailable(f"requests cannot be kept: {problem}")
+        await self._lanes[exchange.worker.name].queue.put(exchange)
+
+    async def pass_over(self, exchange: Exchange) -> None:
+        """Tells the spool that a message was refused, so that it does not queue it after all."""
+        lane, key = self._lanes.get(exchange.worker.name), mark_of(exchange)
+        if lane is None or key is None or self._off is not None or not lane.ready.is_set():
+            return
+        with suppress(JetStreamFault, Overtaken):
+            record = await lane.queue.book.read(key)
+            if record is None or record.state in ("refused", "released"):
+                over = 0 if record is None else record.revision
+                await lane.queue.book.write(
+                    key, "refused", body=body_hash(exchange.body), over=over, limit_bytes=self._bus.max_payload
+                )
+
+    async def overview(self) -> list[dict[str, Any]]:
+        """What `/api/queue` shows: each served model's queue as the broker has it."""
+        shown = []
+        for lane in self._lanes.values():
+            settings = lane.worker.settings
+            problem = await self.reason(lane.worker)
+            entry: dict[str, Any] = {
+                "model": lane.worker.name,
+                "subject": settings.queue_subject,
+                "stream": settings.stream_name,
+                "capacity": settings.queue_max_msgs,
+                "durable": problem is None,
+            }
+            if problem is not None:
+                entry["reason"] = problem
+            else:
+                with suppress(JetStreamFault):
+                    info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
+                    entry |= {"waiting": info["num_pending"], "taken": info["num_ack_pending"]}
+                    entry["redelivered"] = info["num_redelivered"]
+                    spool = await self.js.call(f"STREAM.INFO.{spool_stream(settings).name}")
+                    entry["spooled"] = spool["state"]["messages"]
+            if self._foreign.get(lane.worker.name):
+                entry["foreign_streams"] = list(self._foreign[lane.worker.name])
+            shown.append(entry)
+        return shown
+
+    async def purge(self, model: str) -> int:
+        """Removes what waits in a model's queue and was never given to a node; each caller is told. How many.
+
+        Raises:
+            UnknownModel, QueueUnavailable.
+        """
+        worker = self._fleet.get(model)
+        problem = await self.reason(worker)
+        if problem is not None:
+            raise QueueUnavailable(f"the queue of {model} cannot be purged: {problem}")
+        settings, n = worker.settings, 0
+        try:
+            info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
+            seq = int(info["delivered"]["stream_seq"])
+            while (kept := await self.js.next_message(settings.stream_name, seq + 1)) is not None:
+                seq = kept.seq
+                if await self.js.delete(settings.stream_name, seq):
+                    n += 1
+                    error = Removed("an operator removed the request from the queue before it ran")
+                    await self._answer_kept(worker, kept, error)
+        except JetStreamFault as fault:
+            raise QueueUnavailable(f"the queue of {model} cannot be purged: {fault}") from None
+        log.warning("%d requests were removed from the queue of %s", n, model, extra={"code": "queue.purged"})
+        return n
+
+    # The connection.
+
+    async def _connected(self, nc: Client) -> None:
+        await self._end_session()
+        await nc.subscribe(subjects.owner(self.instance), cb=self._tell_owner)
+        self._session = asyncio.create_task(self._serve(nc), name="nats-durable")
+
+    async def _end_session(self) -> None:
+        self._decided.clear()
+        session, self._session = self._session, None
+        tasks = [task for task in (session, *(lane.task for lane in self._lanes.values())) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for lane in self._lanes.values():
+            lane.task = None
+            lane.ready.clear()
+
+    async def _serve(self, nc: Client) -> None:
+        """Serves every model's queue over one connection until it is cancelled."""
+        while not await self._prepare():  # noqa: ASYNC110 - the broker sends no word when JetStream comes on
+            await asyncio.sleep(_RETRY_S)
+        undertaker = asyncio.create_task(self._bury_forever(nc), name="nats-undertaker")
+        try:
+            while True:
+                self._changed.clear()
+                for worker in self._fleet.workers.values():
+                    lane = self._lanes.get(worker.name)
+                    if is_served(worker) and (lane is None or lane.task is None):
+                        self._open_lane(nc, worker)
+                    elif lane is not None and lane.task is not None and not is_served(worker):
+                        await self._close_lane(lane)
+                self._decided.set()
+                await self._changed.wait()
+        finally:
+            undertaker.cancel()
+            await asyncio.gather(undertaker, return_exceptions=True)
+
+    async def _prepare(self) -> bool:
+        """Whether the broker can keep requests; says so when it cannot."""
+        try:
+            await self.js.call("INFO")
+            await self.dead.prepare()
+        except JetStreamFault as fault:
+            reason = f"the durable queue is off: {fault}"
+            if self._off != reason:
+                self._off = reason
+                log.warning("%s; requests with a reply subject are served", reason, extra={"code": "queue.off"})
+                await self._alert(None, "warning", reason)
+            self._decided.set()
+            self._remark()
+            return False
+        if self._off is not None:
+            self._off = None
+            log.info("the durable queue is on", extra={"code": "queue.on"})
+        self._remark()
+        return True
+
+    async def _bury_forever(self, nc: Client) -> None:
+        while True:
+            try:
+                await self.dead.run(nc)
+            except (ConsumerGone, NatsError) as error:
+                log.warning("advisories cannot be read: %s", error, extra={"code": "queue.advisory"})
+            await asyncio.sleep(_RETRY_S)
+            with suppress(JetStreamFault):
+                await self.dead.prepare()
+
+    def _lane(self, worker: Worker) -> _Lane:
+        """The model's lane, which is made once and outlives connections."""
+        lane = self._lanes.get(worker.name)
+        if lane is None:
+            book = OnceBook(self.js, once_bucket(worker.settings))
+            queue = WorkQueue(
+                worker,
+                bus=self._bus,
+                js=self.js,
+                book=book,
+                exchanges=self._exchanges,
+                service=self._service,
+                instance=self.instance,
+                alive=self._alive,
+                bury=self._bury,
+            )
+            spool = Spool(worker, js=self.js, book=book, queue=queue, exchanges=self._exchanges)
+            lane = self._lanes[worker.name] = _Lane(worker, queue, spool)
+        return lane
+
+    def _open_lane(self, nc: Client, worker: Worker) -> None:
+        lane = self._lane(worker)
+        if not self._leaving:
+            lane.queue.take_up()
+        lane.task = asyncio.create_task(self._run_lane(nc, lane), name=f"nats-queue-{worker.name}")
+
+    async def _close_lane(self, lane: _Lane) -> None:
+        """A model that is served no more: others have its queue."""
+        lane.ready.clear()
+        await lane.queue.hand_over()
+        await lane.queue.settled(_CLOSE_S)
+        task, lane.task = lane.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        lane.worker.n_queued_durable = 0
+
+    async def _run_lane(self, nc: Client, lane: _Lane) -> None:
+        while True:
+            try:
+                lane.spools = await self._have_streams(lane.worker)
+                lane.problem = None
+                lane.ready.set()
+                runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
+                await _all(*runs, self._look_for_foreign(lane.worker))
+            except (JetStreamFault, ConsumerGone, NatsError) as error:
+                words = f"the queue of {lane.worker.name} cannot be used: {error}"
+                if lane.problem != words:
+                    log.warning("%s", words, extra={"code": "queue.failed", "model": lane.worker.name})
+                lane.problem = words
+                lane.ready.set()
+            except Exception:
+                log.exception("a queue broke", extra={"code": "queue.failed", "model": lane.worker.name})
+                lane.problem = "the node failed"
+                lane.ready.set()
+            await asyncio.sleep(_RETRY_S)
+
+    async def _have_streams(self, worker: Worker) -> bool:
+        """Makes a model's streams and consumers; whether the spool is among them."""
+        settings = worker.settings
+        await self.js.have_stream(queue_stream(settings))
+        await self.js.have_consumer(settings.stream_name, queue_consumer(settings))
+        await self.js.have_stream(once_stream(settings))
+        await self._look(worker)
+        try:
+            await self.js.have_stream(spool_stream(settings))
+        except JetStreamFault as fault:
+            if fault.err_code != SUBJECT_OVERLAP:
+                raise
+            return False
+        await self.js.have_consumer(str(spool_stream(settings).name), spool_consumer(settings))
+        return True
+
+    async def _look_for_foreign(self, worker: Worker) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            with suppress(JetStreamFault):
+                before = self._foreign.get(worker.name)
+                await self._look(worker)
+                if before and not self._foreign.get(worker.name):
+                    raise ConsumerGone("the subject is free again, and the spool is made")
+
+    async def _look(self, worker: Worker) -> None:
+        """Finds an operator's own streams over the model's public subject, and says so once."""
+        names = tuple(await foreign_streams(self.js, worker.settings))
+        if names == self._foreign.get(worker.name, ()):
+            return
+        self._foreign[worker.name] = names
+        self._remark()
+        if names:
+            words = self._foreign_words(worker.name, names)
+            log.warning("%s", words, extra={"code": "queue.foreign_stream", "model": worker.name})
+            await self._alert(worker.name, "warning", words)
+
+    def _foreign_words(self, model: str, names: tuple[str, ...]) -> str:
+        subject = self._fleet.get(model).settings.subject
+        return (
+            f"the stream {', '.join(names)} covers {subject} and answers its callers with a receipt before the model "
+            f"can: take the subject out of it, or set no_ack; publishers of their own have "
+            f"{self._fleet.get(model).settings.queue_subject}"
+        )
+
+    def _remark(self) -> None:
+        """What the bus says beside `connected`."""
+        words = [self._off] if self._off is not None else []
+        words += [self._foreign_words(model, names) for model, names in self._foreign.items() if names]
+        self._bus.remark("; ".join(words) or None)
+
+    # What queues ask.
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, ModelStateChanged):
+            self._changed.set()
+            lane = self._lanes.get(event.model or "")
+            if lane is None:
+                return
+            if event.state is ModelState.DRAINING:
+                task = asyncio.create_task(lane.queue.hand_over(), name=f"queue-hand-over-{lane.worker.name}")
+                self._handing_over.add(task)
+                task.add_done_callback(self._handing_over.discard)
+            elif event.state is ModelState.READY and not self._leaving:
+                lane.queue.take_up()
+        if isinstance(event, ModelStateChanged | RequestFinished) and event.model in self._lanes:
+            self._lanes[event.model].queue.wake()
+
+    async def _alive(self, instance: str, model: str, req_id: str) -> bool:
+        """Asks a process whether it is at work on a request. One that is there and silent counts so for a while."""
+        nc = self._bus.nc
+        if nc is None or not nc.is_connected:
+            raise JetStreamFault("there is no connection to the broker")
+        try:
+            body = encode({"model": model, "req_id": req_id})
+            answer = read_object((await nc.request(subjects.owner(instance), body, timeout=_ASK_S)).data)
+        except NoRespondersError:
+            return False
+        except (TimeoutError, NatsError, RequestError):
+            self._silent[instance] = self._silent.get(instance, 0) + 1
+            return self._silent[instance] < _N_SILENT
+        self._silent.pop(instance, None)
+        return answer.get("running") is True
+
+    async def _tell_owner(self, message: Msg) -> None:
+        with suppress(RequestError):
+            body = read_object(message.data)
+            lane = self._lanes.get(named(body, "model") or "")
+            running = lane is not None and lane.queue.works_on(named(body, "req_id") or "")
+            if message.reply:
+                await self._bus.publish(message.reply, encode({"running": running}))
+
+    # Dead letters.
+
+    async def _bury(self, taken: Taken, reason: str) -> None:
+        settings = taken.exchange.worker.settings
+        await self.dead.bury(
+            model=settings.model_name,
+            reason=reason,
+            stream=settings.stream_name,
+            seq=taken.seq,
+            subject=settings.queue_subject,
+            n_delivered=taken.n_delivered,
+            body=taken.exchange.data,
+            headers=dict(taken.exchange.headers),
+        )
+
+    async def _tell_dead(self, letter: DeadLetter) -> None:
+        of = f" {letter.req_id}" if letter.req_id else ""
+        await self._alert(letter.model, "critical", f"request{of} for {letter.model} is a dead letter: {letter.reason}")
+
+    async def _close_case(self, model: str, kept: Kept, reason: str) -> bool:
+        """Answers the caller of a message that the broker gave up on; False when it was answered after all."""
+        worker = self._fleet.workers.get(model)
+        if worker is None:
+            return True
+        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
+        with suppress(RequestError):
+            exchange.read()
+        req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)
+        error = GivenUp(f"the request is kept as a dead letter: {reason}")
+        if req_id is not None:
+            book = OnceBook(self.js, once_bucket(worker.settings))
+            record = await book.read(req_id)
+            if record is not None and record.state == "done" and record.body == body_hash(exchange.body):
+                return False
+            await book.write(
+                req_id,
+                "done",
+                body=body_hash(exchange.body),
+                owner=self.instance,
+                seq=kept.seq,
+                answer=error.native(req_id),
+                over=None,
+                limit_bytes=self._bus.max_payload,
+            )
+        await self._exchanges.answer(exchange, error.native(req_id))
+        return True
+
+    async def _answer_kept(self, worker: Worker, kept: Kept, error: RequestError) -> None:
+        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
+        with suppress(RequestError):
+            exchange.read()
+        await self._exchanges.answer(exchange, error.native(exchange.req_id))
+
+    async def _reopen(self, model: str, req_id: str) -> None:
+        worker = self._fleet.workers.get(model)
+        if worker is None:
+            return
+        book = OnceBook(self.js, once_bucket(worker.settings))
+        record = await book.read(req_id)
+        if record is not None and record.state == "done":
+            with suppress(Overtaken):
+                await book.write(
+                    req_id, "released", body=record.body, over=record.revision, limit_bytes=self._bus.max_payload
+                )
+
+    async def _alert(self, model: str | None, level: str, words: str) -> None:
+        alert = Alert(model=model, node=self._node, level=level, msg=words)
+        self._bus.events.publish(alert)
+        await self._bus.publish(subjects.ALERTS, encode(alert.wire()))
+
+
+async def _all(*works: Any) -> None:
+    """Runs all until one fails; the others are cancelled then."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

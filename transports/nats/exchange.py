@@ -1,0 +1,172 @@
+"""One request that came over NATS, from its bytes to its last answer, whichever way it came: by the front door or out
+of the durable queue.
+
+It stands apart so that both ways read, refuse, run and answer alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.generation import Generation
+from engine.service import InferenceRequest, InferenceService
+from engine.worker import Worker
+from infsvc import subjects
+from infsvc.errors import BadRequest, DeadlineExceeded
+from infsvc.types import CompletionChunk, CompletionRequest
+from transports.nats.bus import Bus
+from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
+
+log = logging.getLogger("infsvc.nats")
+
+_RESEND_S = 0.2
+
+
+@dataclass
+class Exchange:
+    """One message and where its answers go.
+
+    Attributes:
+        reply: where a caller waits, or None; a stream's chunks go there.
+        targets: every subject that gets the final answer.
+        body: the JSON object, once it was read.
+        request: the native request, once it was found valid.
+        started: whether the service has it; `generation` is what runs for it then.
+    """
+
+    worker: Worker
+    data: bytes
+    headers: Mapping[str, str]
+    reply: str | None
+    req_id: str | None = None
+    targets: list[str] = field(default_factory=list)
+    body: dict[str, Any] = field(default_factory=dict)
+    request: CompletionRequest | None = None
+    started: bool = False
+    generation: Generation | None = None
+
+    def __post_init__(self) -> None:
+        if self.reply:
+            self.targets.append(self.reply)
+
+    def read(self) -> None:
+        """Reads the body, finds where answers go, and validates; in this order, as a refusal must find its way too.
+
+        Raises:
+            BadRequest, TooLarge: with what was found until then.
+        """
+        self.body = read_object(self.data)
+        self.req_id = named(self.body, "req_id")
+        self._address()
+        if self.targets:
+            self.request = validate(self.body, model=self.worker.name, has_reply=bool(self.reply))
+
+    def _address(self) -> None:
+        """Adds where answers go beside the reply subject."""
+        reply_to = named(self.body, "reply_to")
+        if reply_to is not None and is_answerable(reply_to):
+            if reply_to not in self.targets:
+                self.targets.append(reply_to)
+        elif not self.targets and self.req_id is not None:
+            subject = f"{self.worker.settings.response_prefix}.{self.req_id}"
+            if is_answerable(subject):
+                self.targets.append(subject)
+
+    def check_deadline(self) -> None:
+        """Raises `DeadlineExceeded` when nobody waits any more, `BadRequest` when the header is no time."""
+        text = self.headers.get(subjects.DEADLINE_HEADER)
+        if text is None:
+            return
+        try:
+            late_s = time.time() - float(text)
+        except ValueError:
+            raise BadRequest(
+                f"the header {subjects.DEADLINE_HEADER} is not a number of seconds since the epoch",
+                param=subjects.DEADLINE_HEADER,
+            ) from None
+        if late_s > 0:
+            raise DeadlineExceeded(f"the caller's deadline passed {late_s:.1f} s ago: nothing was computed")
+
+    def inference(self, *, queued: bool) -> InferenceRequest:
+        """The request as the service takes it; also gives a nameless one its id."""
+        assert self.request is not None
+        made = InferenceRequest.from_wire(
+            self.request if self.req_id is None else self.request.model_copy(update={"req_id": self.req_id}),
+            model=self.worker.name,
+            source="nats",
+            trace_id=self.headers.get(subjects.TRACE_HEADER),
+            queued=queued,
+        )
+        self.req_id = made.req_id
+        return made
+
+
+class Exchanges:
+    """Runs exchanges and sends their answers. Loop thread only."""
+
+    def __init__(self, bus: Bus, service: InferenceService) -> None:
+        self._bus, self._service = bus, service
+
+    async def compute(self, exchange: Exchange, *, queued: bool = False) -> dict[str, Any]:
+        """Runs a request that was read; chunks go out on the way. The final answer.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
+        inference = exchange.inference(queued=queued)
+        assert exchange.request is not None
+        exchange.started = True
+        async with await self._service.submit(inference) as generation:
+            exchange.generation = generation
+            if exchange.request.stream and exchange.reply:
+                await self._stream(generation, exchange.reply)
+                return (await generation.result()).wire() | {"done": True}
+            return (await generation.result()).wire()
+
+    async def _stream(self, generation: Generation, subject: str) -> None:
+        index = 0
+        async for chunk in generation:
+            if chunk.text:
+                event = CompletionChunk(req_id=generation.req_id, index=index, text=chunk.text)
+                await self._bus.publish(subject, encode(event.model_dump()))
+                index += 1
+
+    async def repeat(self, exchange: Exchange, answer: dict[str, Any]) -> None:
+        """Sends an earlier answer again, in the form that this caller asked for."""
+        assert exchange.request is not None
+        answer = {key: value for key, value in answer.items() if key != "done"}
+        if exchange.request.stream and exchange.reply and "text" in answer:
+            if answer["text"]:
+                event = CompletionChunk(req_id=answer["req_id"], index=0, text=answer["text"])
+                await self._bus.publish(exchange.reply, encode(event.model_dump()))
+            answer["done"] = True
+        self._service.answered_again(exchange.inference(queued=True), answer)
+        await self.answer(exchange, answer, patiently=True)
+
+    async def answer(self, exchange: Exchange, answer: dict[str, Any], *, patiently: bool = False) -> bool:
+        """Sends the final answer to every target; whether the connection took it.
+
+        Args:
+            patiently: waits for a lost connection to come back, until it is cancelled.
+        """
+        sent = True
+        for target in exchange.targets:
+            while not await self._bus.publish(target, encode_final(answer, limit_bytes=self._bus.max_payload)):
+                if not patiently:
+                    sent = False
+                    log.warning(
+                        "an answer was lost: no connection to the broker",
+                        extra={
+                            "code": "nats.answer_lost",
+                            "model": exchange.worker.name,
+                            "meta": {"req_id": exchange.req_id},
+                        },
+                    )
+                    break
+                await asyncio.sleep(_RESEND_S)
+        return sent

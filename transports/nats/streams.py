@@ -1,0 +1,174 @@
+"""The streams of a model's durable queue: their names and shapes, and what an operator's own stream would break.
+
+| stream | holds | over |
+|---|---|---|
+| `STREAM_NAME` | the queue: work-queue retention; when it is full the broker refuses | `inference.queue.<m>` |
+| `<STREAM_NAME>_SPOOL` | what is published there, also while every node is down; it acknowledges nothing | SUBJECT |
+| `KV_<STREAM_NAME>_ONCE` | a key-value bucket: what became of each `req_id` within DEDUPE_WINDOW | `$KV.…` |
+| `INFSVC_ADVISORIES` | the broker's own notes on messages that ended badly, until a node has read them | `$JS.EVENT…` |
+| `INFSVC_DEAD` | dead letters of all models | `infsvc.dead.*` |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
+
+from infsvc.settings import WorkerSettings
+from infsvc.types import MAX_BODY_BYTES
+from transports.nats.jetstream import JetStream
+
+DEAD = "INFSVC_DEAD"
+ADVISORIES = "INFSVC_ADVISORIES"
+UNDERTAKERS = "undertakers"
+"""The durable consumer of the advisories, shared by all nodes."""
+
+_ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER"
+_MAX_DEAD = 10_000
+_DEAD_AGE_S = 30 * 86400.0
+_SPOOL_BYTES = 512 * 2**20
+_ONCE_BYTES = 1024 * 2**20
+_SPOOL_ACK_WAIT_S = 10.0
+SPOOL_BATCH = 512
+"""Messages of a spool that one node holds at a time."""
+
+
+def spool_name(settings: WorkerSettings) -> str:
+    return f"{settings.stream_name}_SPOOL"
+
+
+def spool_durable(settings: WorkerSettings) -> str:
+    return f"{settings.queue_durable}_spool"
+
+
+def once_bucket(settings: WorkerSettings) -> str:
+    return f"{settings.stream_name}_ONCE"
+
+
+def _window_s(settings: WorkerSettings) -> float:
+    # The broker wants a window no longer than the stream's age, and no shorter than 100 ms.
+    return max(0.1, min(settings.dedupe_window, settings.queue_max_age))
+
+
+_QUEUE_WORDS = "infsvc: requests that wait for "
+
+
+def model_of_queue(config: dict[str, Any]) -> str | None:
+    """The model whose queue a stream is, from the stream's own configuration; None for any other stream."""
+    words = str(config.get("description", ""))
+    return words.removeprefix(_QUEUE_WORDS) if words.startswith(_QUEUE_WORDS) else None
+
+
+def queue_stream(settings: WorkerSettings) -> StreamConfig:
+    """The queue itself."""
+    return StreamConfig(
+        name=settings.stream_name,
+        description=f"{_QUEUE_WORDS}{settings.model_name}",
+        subjects=[settings.queue_subject],
+        retention=RetentionPolicy.WORK_QUEUE,
+        discard=DiscardPolicy.NEW,
+        max_msgs=settings.queue_max_msgs,
+        max_msg_size=MAX_BODY_BYTES + 2**16,
+        max_age=settings.queue_max_age,
+        duplicate_window=_window_s(settings),
+        allow_direct=True,
+    )
+
+
+def queue_consumer(settings: WorkerSettings) -> ConsumerConfig:
+    """The one consumer that all nodes pull the queue by."""
+    return ConsumerConfig(
+        durable_name=settings.queue_durable,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=settings.ack_wait,
+        max_deliver=settings.max_deliver,
+        max_ack_pending=settings.max_ack_pending,
+    )
+
+
+def spool_stream(settings: WorkerSettings) -> StreamConfig:
+    """What is published on the public subject. It answers nobody, so that callers get their answer and no receipt."""
+    return StreamConfig(
+        name=spool_name(settings),
+        description=f"infsvc: what was published on {settings.subject} until a node has looked at it",
+        subjects=[settings.subject],
+        retention=RetentionPolicy.WORK_QUEUE,
+        discard=DiscardPolicy.OLD,
+        max_bytes=_SPOOL_BYTES,
+        max_age=settings.queue_max_age,
+        duplicate_window=0.1,
+        no_ack=True,
+    )
+
+
+def spool_consumer(settings: WorkerSettings) -> ConsumerConfig:
+    return ConsumerConfig(
+        durable_name=spool_durable(settings),
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=_SPOOL_ACK_WAIT_S,
+        max_ack_pending=4 * SPOOL_BATCH,
+    )
+
+
+def once_stream(settings: WorkerSettings) -> StreamConfig:
+    """A key-value bucket that forgets its oldest records rather than refuse new ones."""
+    bucket = once_bucket(settings)
+    return StreamConfig(
+        name=f"KV_{bucket}",
+        description=f"infsvc: what became of the requests for {settings.model_name}",
+        subjects=[f"$KV.{bucket}.>"],
+        discard=DiscardPolicy.OLD,
+        max_msgs_per_subject=1,
+        max_bytes=_ONCE_BYTES,
+        max_age=settings.dedupe_window,
+        duplicate_window=0.1,
+        allow_rollup_hdrs=True,
+        deny_delete=True,
+        allow_direct=True,
+    )
+
+
+def dead_stream() -> StreamConfig:
+    return StreamConfig(
+        name=DEAD,
+        description="infsvc: requests that could not be answered",
+        subjects=["infsvc.dead.*"],
+        discard=DiscardPolicy.OLD,
+        max_msgs=_MAX_DEAD,
+        max_age=_DEAD_AGE_S,
+        duplicate_window=3600.0,
+        allow_direct=True,
+    )
+
+
+def advisory_stream() -> StreamConfig:
+    return StreamConfig(
+        name=ADVISORIES,
+        description="infsvc: the broker's notes on messages that ended badly",
+        subjects=[f"{_ADVISORY}.MAX_DELIVERIES.>", f"{_ADVISORY}.MSG_TERMINATED.>"],
+        retention=RetentionPolicy.WORK_QUEUE,
+        discard=DiscardPolicy.OLD,
+        max_msgs=100_000,
+        max_age=7 * 86400.0,
+        duplicate_window=0.1,
+        no_ack=True,
+    )
+
+
+def advisory_consumer() -> ConsumerConfig:
+    return ConsumerConfig(durable_name=UNDERTAKERS, ack_policy=AckPolicy.EXPLICIT, ack_wait=30.0, max_ack_pending=256)
+
+
+async def foreign_streams(js: JetStream, settings: WorkerSettings) -> list[str]:
+    """Streams that are not this project's and cover the model's public subject: their receipt reaches a caller before
+    the answer does."""
+    names = (await js.call("STREAM.NAMES", {"subject": settings.subject})).get("streams") or []
+    foreign = []
+    for name in names:
+        if name == spool_name(settings):
+            continue
+        config = (await js.call(f"STREAM.INFO.{name}"))["config"]
+        if not config.get("no_ack"):
+            foreign.append(str(name))
+    return foreign
