@@ -19,6 +19,8 @@ from infsvc.types import CompletionReply, HealthDocument, ModelState
 from storage.audit_log import AuditLog, AuditReader
 from tests.tiny_models import write_tiny_model
 from transports.nats.bus import Bus
+from transports.nats.durable import Durable
+from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
 
@@ -32,7 +34,7 @@ LONG = {"max_tokens": N_CTX, "ignore_eos": True}
 @pytest.fixture
 async def fleet(home: Home, events: EventBus) -> AsyncIterator[Fleet]:
     settings = WorkerSettings(
-        model_name="tiny-v1.5", ctx_size=N_CTX, worker_concurrency=2, queue_max_msgs=2, model_threads=1
+        model_name="tiny-v1.5", ctx_size=N_CTX, worker_concurrency=2, queue_max_msgs=4, model_threads=1
     )
     write_tiny_model(home.own(settings.model_path), n_ctx=N_CTX)
     audit = AuditLog(home.root / settings.db_path)
@@ -59,7 +61,10 @@ async def client(url: str, home: Home, events: EventBus, fleet: Fleet) -> AsyncI
     service = InferenceService(fleet, events=events, node="test")
     bus = Bus(url, embedded="auto", home=home, events=events, node="test")
     async with AsyncExitStack() as exits:
-        for part in (bus, FrontDoor(bus, fleet, service, asyncio.Event()), Heartbeats(bus, fleet, events, "test")):
+        exchanges = Exchanges(bus, service)
+        durable = Durable(bus, fleet, service, exchanges, "test")
+        door = FrontDoor(bus, fleet, service, exchanges, durable, asyncio.Event())
+        for part in (bus, durable, door, Heartbeats(bus, fleet, events, "test")):
             await part.start()
             exits.push_async_callback(part.close)
         await broker_is(events, "connected")
@@ -100,12 +105,21 @@ async def test_a_full_queue_says_so_and_cancel_frees_it(client: Client, fleet: F
     worker = fleet.get("tiny-v1.5")
     started = events.subscribe(replay=True)
     async for _ in started:
-        if len(worker.requests) == 4:
+        if len(worker.requests) == 3:
             break
+    # Two run, one is on its way to a slot, and one waits in the broker.
+    while worker.n_queued_durable != 1:
+        await client.flush()
+    assert (worker.n_active, worker.n_waiting) == (2, 2)
     full = await asked(client, SUBJECT, {"req_id": "fifth", "input": "x"})
-    assert (full["status"], full["code"], full["queue_depth"]) == (429, "queue_full", 2)
-    for n in range(4):
-        assert (await asked(client, "inference.cancel", {"req_id": f"{n}"}))["cancelled"]
+    assert (full["status"], full["code"], full["queue_depth"]) == (429, "queue_full", 4)
+    for _ in range(4):
+        while not worker.requests:
+            await client.flush()
+        req_id = next(iter(worker.requests))
+        assert (await asked(client, "inference.cancel", {"req_id": req_id}))["cancelled"]
+        while req_id in worker.requests:
+            await client.flush()
     assert {reply["finish_reason"] for reply in await asyncio.gather(*running)} == {"cancelled"}
 
 

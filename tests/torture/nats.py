@@ -1,0 +1,406 @@
+"""The durable queue under kill -9: two node processes and a broker process die again and again while requests go in.
+
+`python -m tests.torture.nats --seed N --requests 2000 --kills 30`. What must hold afterwards:
+
+- every durable request is answered;
+- none was executed twice, save what was running at a kill (those are counted);
+- the queue, the spool and the dead letters are empty;
+- each answer stands in an audit log, word for word.
+
+Durable requests go three ways: published to the queue until the broker has acknowledged them; published on the public
+subject, and again with the same id when a broker died around then, as nobody acknowledges that; and as requests with a
+reply subject, asked again with the same id after a time-out. Answers are read from a stream, so that none is missed
+while this process itself is without a broker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from asyncio.subprocess import DEVNULL, Process
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.api import StreamConfig
+
+from infsvc import subjects
+from tests.nodes import add_worker, free_port, node_environ
+from tests.tiny_models import write_tiny_model
+from transports.nats.broker import Listener, find_binary, probe
+
+MODEL = "tiny"
+SUBJECT = f"inference.request.{MODEL}"
+QUEUE = subjects.queue(MODEL)
+STREAM = f"INFERENCE_{MODEL.upper()}"
+ROOT = Path(__file__).parents[2]
+RECONNECT_S = 8.0
+"""Within this a node is back on a broker that came back."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done.
+
+    Attributes:
+        n_durable: requests that must be answered; three kinds in turn.
+        n_asked: request/reply without an id, which a crash may lose.
+        pause_s: seconds between two kills, from and to.
+    """
+
+    seed: int = 1
+    n_durable: int = 2000
+    n_asked: int = 500
+    n_kills: int = 30
+    pause_s: tuple[float, float] = (2.0, 5.0)
+    patience_s: float = 240.0
+
+
+@dataclass
+class Kill:
+    who: str
+    at: float
+    until: float = 0.0
+    """When a broker was back."""
+
+
+@dataclass
+class Outcome:
+    """What came of it; `faults` are sentences about what should not be."""
+
+    n_durable: int = 0
+    n_answered: int = 0
+    n_asked: int = 0
+    n_asked_answered: int = 0
+    n_executed: int = 0
+    n_twice: int = 0
+    n_twice_unexcused: int = 0
+    n_replayed: int = 0
+    n_kills: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        kills = ", ".join(f"{n} {who}" for who, n in sorted(self.n_kills.items()))
+        return "\n".join(
+            [
+                f"kill -9: {self.n_kills.total()} ({kills}) in {self.seconds:.0f} s",
+                f"durable: {self.n_answered} of {self.n_durable} answered",
+                f"request/reply without an id: {self.n_asked_answered} of {self.n_asked} answered",
+                f"executed: {self.n_executed}; twice: {self.n_twice}, of them not running at a kill: "
+                f"{self.n_twice_unexcused}; answered again without computing: {self.n_replayed}",
+                *(f"FAULT: {fault}" for fault in self.faults),
+            ]
+        )
+
+
+class Part:
+    """A process that is started again after each kill."""
+
+    def __init__(self, name: str, command: list[str], environ: dict[str, str], log: Path) -> None:
+        self.name, self._command, self._environ, self._log = name, command, environ, log
+        self.process: Process | None = None
+
+    async def start(self) -> None:
+        with self._log.open("ab") as stream:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, env=self._environ, stdin=DEVNULL, stdout=stream, stderr=stream, cwd=ROOT
+            )
+
+    async def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        await self.process.wait()
+
+
+class Torture:
+    """One run in one folder."""
+
+    def __init__(self, folder: Path, plan: Plan, say: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.plan, self._say = folder, plan, say
+        self._random = random.Random(plan.seed)
+        self.port = free_port()
+        self.url = f"nats://127.0.0.1:{self.port}"
+        self.kills: list[Kill] = []
+        self.outcome = Outcome(n_durable=plan.n_durable, n_asked=plan.n_asked)
+        self._sent: dict[str, float] = {}
+        self._direct: dict[str, dict[str, Any]] = {}
+        self._ended = asyncio.Event()
+        config = folder / "broker.conf"
+        config.write_text(
+            f'host: 127.0.0.1\nport: {self.port}\nmax_payload: 8454144\njetstream {{store_dir: "{folder}/store"}}\n'
+        )
+        self.broker = Part("broker", [str(find_binary()), "-c", str(config)], dict(os.environ), folder / "broker.log")
+        model = write_tiny_model(folder / "tiny.gguf", n_ctx=2048)
+        self.homes = [folder / "alpha", folder / "beta"]
+        self.nodes = []
+        for home in self.homes:
+            add_worker(home, MODEL, model, ACK_WAIT="3s", QUEUE_MAX_MSGS=100_000, CTX_SIZE=512)
+            environ = node_environ(home, nats_url=self.url, embedded_nats="off", node=home.name)
+            self.nodes.append(
+                Part(
+                    home.name,
+                    [sys.executable, "-m", "infsvc", "serve", MODEL],
+                    dict(os.environ) | environ | {"PYTHONPATH": str(ROOT)},
+                    folder / f"{home.name}.log",
+                )
+            )
+
+    async def run(self) -> Outcome:
+        begun = time.time()
+        await self._start_broker()
+        await asyncio.gather(*(node.start() for node in self.nodes))
+        client = Client()
+        await client.connect(
+            self.url, max_reconnect_attempts=-1, reconnect_time_wait=0.2, error_cb=_quiet, ping_interval=2
+        )
+        try:
+            await client.jetstream().add_stream(
+                StreamConfig(name="ANSWERS", subjects=["inference.reply.>", "torture.reply.>"])
+            )
+            await self._until_served(client)
+            killer = asyncio.create_task(self._kill_all())
+            span_s = self.plan.n_kills * sum(self.plan.pause_s) / 2
+            await self._send_all(client, span_s)
+            await killer
+            await self._until_answered(client)
+            await self._check(client)
+        finally:
+            for part in (*self.nodes, self.broker):
+                if part.process is not None and part.process.returncode is None:
+                    await part.kill(signal.SIGTERM if part is not self.broker else signal.SIGKILL)
+            await asyncio.wait_for(client.close(), 10)
+        self._check_audits()
+        self.outcome.seconds = time.time() - begun
+        return self.outcome
+
+    async def _start_broker(self) -> None:
+        await self.broker.start()
+        async with asyncio.timeout(20):
+            while await probe("127.0.0.1", self.port) is not Listener.NATS:
+                await asyncio.sleep(0.05)
+
+    async def _until_served(self, client: Client) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                with suppress(NatsError, TimeoutError):
+                    answer = await client.request(SUBJECT, b'{"input": "x", "params": {"max_tokens": 1}}', timeout=1)
+                    if b'"text"' in answer.data:
+                        return
+                await asyncio.sleep(0.2)
+
+    async def _kill_all(self) -> None:
+        for n in range(self.plan.n_kills):
+            await asyncio.sleep(self._random.uniform(*self.plan.pause_s))
+            part = self._random.choices([*self.nodes, self.broker], weights=[2, 2, 1])[0]
+            kill = Kill(part.name, time.time())
+            self.kills.append(kill)
+            await part.kill()
+            self.outcome.n_kills[part.name] += 1
+            self._say(f"  kill {n + 1} of {self.plan.n_kills}: {part.name}; sent {len(self._sent)}")
+            if part is self.broker:
+                await asyncio.sleep(self._random.uniform(0.0, 1.0))
+                await self._start_broker()
+            else:
+                await part.start()
+            kill.until = time.time()
+
+    async def _send_all(self, client: Client, span_s: float) -> None:
+        kinds: list[Callable[[Client, int], Awaitable[None]]] = []
+        for n in range(self.plan.n_durable):
+            kinds.append((self._queue, self._publish, self._ask_by_id)[n % 3])
+        kinds += [self._ask] * self.plan.n_asked
+        order = list(enumerate(kinds))
+        self._random.shuffle(order)
+        pause_s = span_s / max(1, len(order))
+        async with asyncio.TaskGroup() as tasks:
+            for n, send in order:
+                tasks.create_task(send(client, n))
+                await asyncio.sleep(self._random.uniform(0, 2 * pause_s))
+
+    def _body(self, n: int, **more: Any) -> dict[str, Any]:
+        params = {"max_tokens": 1 + n % 24, "temperature": 0, "ignore_eos": True}
+        return {"input": f"request {n}", "params": params} | more
+
+    async def _queue(self, client: Client, n: int) -> None:
+        """Published to the queue until the broker says that it has it."""
+        req_id = f"queued-{n}"
+        self._sent[req_id] = time.time()
+        js = client.jetstream()
+        headers = {subjects.MSG_ID_HEADER: subjects.msg_id(MODEL, req_id)}
+        data = json.dumps(self._body(n, req_id=req_id)).encode()
+        while True:
+            with suppress(NatsError, TimeoutError, OSError):
+                await js.publish(QUEUE, data, headers=dict(headers), timeout=2)
+                return
+            await asyncio.sleep(0.2)
+
+    async def _publish(self, client: Client, n: int) -> None:
+        """Published without an acknowledgement; again, if the broker died before it can have been on its disk."""
+        req_id = f"published-{n}"
+        self._sent[req_id] = time.time()
+        data = json.dumps(self._body(n, req_id=req_id)).encode()
+        while True:
+            at = time.time()
+            with suppress(NatsError, TimeoutError, OSError):
+                await client.publish(SUBJECT, data)
+                await client.flush(timeout=2)
+                await asyncio.sleep(1.0)
+                if not any(kill.who == "broker" and at - 1.0 <= kill.at <= at + 1.0 for kill in self.kills):
+                    return
+            await asyncio.sleep(0.5)
+
+    async def _ask_by_id(self, client: Client, n: int) -> None:
+        """Asked with a reply subject and an id; asked again after a time-out, until it is answered."""
+        req_id = f"asked-{n}"
+        self._sent[req_id] = time.time()
+        data = json.dumps(self._body(n, req_id=req_id)).encode()
+        until = time.time() + self.plan.patience_s
+        while time.time() < until:
+            with suppress(NatsError, TimeoutError, OSError):
+                answer = json.loads((await client.request(SUBJECT, data, timeout=6)).data)
+                if "text" in answer:
+                    self._direct[req_id] = answer
+                    return
+                if answer.get("status", 500) < 500:
+                    self.outcome.faults.append(f"{req_id} was refused: {answer}")
+                    return
+            await asyncio.sleep(0.3)
+
+    async def _ask(self, client: Client, n: int) -> None:
+        """A caller that nobody could find again."""
+        with suppress(NatsError, TimeoutError, OSError):
+            answer = json.loads((await client.request(SUBJECT, json.dumps(self._body(n)).encode(), timeout=15)).data)
+            self.outcome.n_asked_answered += "text" in answer
+
+    async def _answers(self, client: Client) -> dict[str, list[dict[str, Any]]]:
+        answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        js = client.jetstream()
+        last = (await js.stream_info("ANSWERS")).state.last_seq
+        subscription = await js.subscribe("", stream="ANSWERS", ordered_consumer=True) if last else None
+        if subscription is not None:
+            while True:
+                message = await subscription.next_msg(timeout=10)
+                answer = json.loads(message.data)
+                answers[answer["req_id"]].append(answer)
+                if message.metadata.sequence.stream >= last:
+                    break
+            await subscription.unsubscribe()
+        for req_id, answer in self._direct.items():
+            answers[req_id].append(answer)
+        return answers
+
+    async def _until_answered(self, client: Client) -> None:
+        until = time.time() + self.plan.patience_s
+        self.answers: dict[str, list[dict[str, Any]]] = {}
+        while True:
+            with suppress(NatsError, TimeoutError, OSError):
+                self.answers = await self._answers(client)
+                missing = self._sent.keys() - self.answers.keys()
+                if not missing:
+                    break
+                if time.time() > until:
+                    self.outcome.faults.append(f"{len(missing)} unanswered, such as {sorted(missing)[:5]}")
+                    break
+            await asyncio.sleep(0.5)
+        self.outcome.n_answered = len(self._sent.keys() & self.answers.keys())
+        for req_id in self._sent.keys() & self.answers.keys():
+            for answer in self.answers[req_id]:
+                if "text" not in answer:
+                    self.outcome.faults.append(f"{req_id} was answered with {answer}")
+
+    async def _check(self, client: Client) -> None:
+        """Queue, spool and dead letters empty themselves."""
+        js = client.jetstream()
+        names = (STREAM, f"{STREAM}_SPOOL", "INFSVC_DEAD")
+        left: dict[str, int] = {}
+        until = time.time() + 30
+        while time.time() < until:
+            with suppress(NatsError, TimeoutError, OSError):
+                left = {name: (await js.stream_info(name)).state.messages for name in names}
+                if not any(left.values()):
+                    return
+            await asyncio.sleep(0.5)
+        self.outcome.faults.append(f"messages are left: {left}")
+
+    def _check_audits(self) -> None:
+        executed: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        texts: dict[str, set[str]] = defaultdict(set)
+        for home in self.homes:
+            with sqlite3.connect(home / f"data/logs/{MODEL}.sqlite") as db:
+                for req_id, ts, dur_ms, status, text in db.execute(
+                    "SELECT req_id, ts, dur_ms, status, response_text FROM requests"
+                ):
+                    if status in ("ok", "replayed"):
+                        texts[req_id].add(text)
+                    if status == "ok":
+                        executed[req_id].append((ts, ts + dur_ms / 1000, home.name))
+                    self.outcome.n_replayed += status == "replayed"
+            db.close()
+        outcome = self.outcome
+        outcome.n_executed = sum(len(runs) for req_id, runs in executed.items() if req_id in self._sent)
+        for req_id in self._sent:
+            runs = sorted(executed[req_id])
+            if len(runs) > 1:
+                outcome.n_twice += 1
+                if not all(self._was_running_at_a_kill(run) for run in runs[:-1]):
+                    outcome.n_twice_unexcused += 1
+                    outcome.faults.append(f"{req_id} was executed twice without a kill: {runs}")
+            for answer in self.answers.get(req_id, []):
+                if answer.get("text") not in texts[req_id] and "text" in answer:
+                    outcome.faults.append(f"{req_id}: no audit log has the answer that was received")
+
+    def _was_running_at_a_kill(self, run: tuple[float, float, str]) -> bool:
+        """Whether a kill hit between the start of a run and its acknowledgement: of its node, or of the broker, which
+        the acknowledgement then waits for."""
+        start, end, node = run
+        for broker in self.kills:
+            if broker.who == "broker" and broker.at <= end + 1.0 and end <= broker.until + RECONNECT_S:
+                end = max(end, broker.until + RECONNECT_S)
+        return any(kill.who in (node, "broker") and start <= kill.at <= end + 1.0 for kill in self.kills)
+
+
+async def _quiet(error: Exception) -> None:
+    pass
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--requests", type=int, default=2000, help="durable ones; a quarter more are asked without an id"
+    )
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    options = parser.parse_args()
+    plan = Plan(seed=options.seed, n_durable=options.requests, n_asked=options.requests // 4, n_kills=options.kills)
+
+    def run(folder: Path) -> Outcome:
+        return asyncio.run(Torture(folder, plan, lambda line: print(line, flush=True)).run())
+
+    if options.keep:
+        options.keep.mkdir(parents=True)
+        outcome = run(options.keep)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = run(Path(folder))
+    print(outcome.text())
+    return 1 if outcome.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
