@@ -15,6 +15,7 @@ _COMMANDS = {
     "models": "List the models, fetch and remove their files.",
     "logs": "Print a model's audit rows.",
     "doctor": "Look at everything a node needs.",
+    "queue": "Look into the durable queue, and at requests that could not be answered.",
     "start": "Load a model: in the running node, or in a new one in the background.",
     "stop": "Unload a model, or end the node.",
 }

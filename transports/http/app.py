@@ -20,6 +20,7 @@ from infsvc import __version__
 from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
 from transports.http.admin import Admin
 from transports.http.body import query, shown
+from transports.http.dead_letters import DeadLetterRoutes
 from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
 from transports.http.health import Health
 from transports.http.native import Completions
@@ -39,6 +40,7 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         model: the model of its own port, or None for the gateway.
     """
     completions, health, admin = Completions(node, model), Health(node, model), Admin(node, model)
+    durable = DeadLetterRoutes(node)
     routes = [
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/healthz", health.show),
@@ -48,6 +50,11 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         Route("/api/events", admin.events),
         Route("/api/requests", admin.requests),
         Route("/api/requests/{req_id:path}", admin.cancel, methods=["DELETE"]),
+        Route("/api/queue", durable.queues),
+        Route("/api/queue/{model}", durable.purge, methods=["DELETE"]),
+        Route("/api/dead", durable.letters),
+        Route("/api/dead/{id}/replay", durable.replay, methods=["POST"]),
+        Route("/api/dead/{id}", durable.delete, methods=["DELETE"]),
         Route("/api/models/{model}/load", admin.load, methods=["POST"]),
         Route("/api/models/{model}/unload", admin.unload, methods=["POST"]),
         Route("/api/models/{model}/pull", admin.pull, methods=["POST"]),

@@ -167,11 +167,11 @@ class Durable:
     async def overview(self) -> list[dict[str, Any]]:
         """What `/api/queue` shows: each served model's queue as the broker has it."""
         shown = []
-        for lane in self._lanes.values():
-            settings = lane.worker.settings
-            problem = await self.reason(lane.worker)
+        for worker in [worker for worker in self._fleet.workers.values() if is_served(worker)]:
+            settings = worker.settings
+            problem = await self.reason(worker)
             entry: dict[str, Any] = {
-                "model": lane.worker.name,
+                "model": worker.name,
                 "subject": settings.queue_subject,
                 "stream": settings.stream_name,
                 "capacity": settings.queue_max_msgs,
@@ -186,8 +186,8 @@ class Durable:
                     entry["redelivered"] = info["num_redelivered"]
                     spool = await self.js.call(f"STREAM.INFO.{spool_stream(settings).name}")
                     entry["spooled"] = spool["state"]["messages"]
-            if self._foreign.get(lane.worker.name):
-                entry["foreign_streams"] = list(self._foreign[lane.worker.name])
+            if self._foreign.get(worker.name):
+                entry["foreign_streams"] = list(self._foreign[worker.name])
             shown.append(entry)
         return shown
 

@@ -28,6 +28,7 @@ WRONG_REVISION = 10071
 STREAM_NOT_FOUND = 10059
 MESSAGE_NOT_FOUND = 10037
 SUBJECT_OVERLAP = 10065
+DELETE_FAILED = 10057
 
 _API = "$JS.API"
 _CALL_S = 3.0
@@ -138,7 +139,7 @@ class JetStream:
         try:
             await self.call(f"STREAM.MSG.DELETE.{stream}", {"seq": seq})
         except JetStreamFault as fault:
-            if fault.err_code in (MESSAGE_NOT_FOUND, 10043):
+            if fault.err_code in (MESSAGE_NOT_FOUND, DELETE_FAILED):
                 return False
             raise
         return True

@@ -27,8 +27,8 @@ UNDERTAKERS = "undertakers"
 _ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER"
 _MAX_DEAD = 10_000
 _DEAD_AGE_S = 30 * 86400.0
-_SPOOL_BYTES = 512 * 2**20
-_ONCE_BYTES = 1024 * 2**20
+_MAX_SPOOLED = 1_000_000
+_MAX_RECORDS = 1_000_000
 _SPOOL_ACK_WAIT_S = 10.0
 SPOOL_BATCH = 512
 """Messages of a spool that one node holds at a time."""
@@ -95,7 +95,8 @@ def spool_stream(settings: WorkerSettings) -> StreamConfig:
         subjects=[settings.subject],
         retention=RetentionPolicy.WORK_QUEUE,
         discard=DiscardPolicy.OLD,
-        max_bytes=_SPOOL_BYTES,
+        # Not max_bytes: the broker would set that much of its disk aside for each model.
+        max_msgs=_MAX_SPOOLED,
         max_age=settings.queue_max_age,
         duplicate_window=0.1,
         no_ack=True,
@@ -120,7 +121,7 @@ def once_stream(settings: WorkerSettings) -> StreamConfig:
         subjects=[f"$KV.{bucket}.>"],
         discard=DiscardPolicy.OLD,
         max_msgs_per_subject=1,
-        max_bytes=_ONCE_BYTES,
+        max_msgs=_MAX_RECORDS,
         max_age=settings.dedupe_window,
         duplicate_window=0.1,
         allow_rollup_hdrs=True,

@@ -94,7 +94,8 @@ class StatusHeader(Widget):
         port = f" {urlsplit(state.url).port or ''}".rstrip() if full else ""
         # What is told beside the name; each length of header has room for the longest of its words.
         if state.status == "connected":
-            glyph, tone, told = "●", "$success", "embedded" if state.embedded else "external"
+            glyph, tone = ("▲", "$warning") if state.reason else ("●", "$success")
+            told = "embedded" if state.embedded else "external"
             told = told if full else ""
         elif state.status == "starting":
             glyph, tone, told = "◐", "$warning", "starting" if full else ""
