@@ -28,7 +28,6 @@ from filelock import FileLock, Timeout
 from infsvc.errors import StartError
 from infsvc.home import Home
 from infsvc.settings import is_loopback
-from infsvc.types import MAX_BODY_BYTES
 
 log = logging.getLogger("infsvc.broker")
 
@@ -224,8 +223,7 @@ class EmbeddedBroker:
             "host": self.host,
             "port": self.port,
             "server_name": f"infsvc-{os.getpid()}",
-            # The largest request, and room for headers, which the server counts too.
-            "max_payload": MAX_BODY_BYTES + 2**16,
+            "max_payload": 8 * 2**20,
             "ports_file_dir": str(self._folder / "run"),
             "jetstream": {"store_dir": str(self._folder / "store")},
         }

@@ -140,6 +140,10 @@ class Durable:
         except TimeoutError:
             return "the broker's queue is not ready"
 
+    async def takes(self, exchange: Exchange) -> bool:
+        """Whether the model's queue can take this request."""
+        return await self.reason(exchange.worker) is None and self._lanes[exchange.worker.name].queue.fits(exchange)
+
     async def spools(self, worker: Worker) -> bool:
         """Whether what is published without a reply subject is kept by itself, also when no front door takes it."""
         return await self.reason(worker) is None and self._lanes[worker.name].spools

@@ -10,8 +10,8 @@ else on `<RESPONSE_PREFIX>.<req_id>`. The door decides how a request goes on:
 | has a reply subject alone, and no slot is free | to the durable queue, where a node with room finds it |
 | is malformed, or cannot be queued | nowhere: it is refused, and the spool is told to pass over it |
 
-A broker without JetStream has no queue: whoever waits on a reply subject is then served from memory, and the rest is
-refused in words. What has neither reply subject, `reply_to` nor `req_id` is counted, logged and dropped. What has a
+A broker without JetStream has no queue, and a message of the broker's very largest size finds no room for the queue's
+headers: whoever waits on a reply subject is then served from memory, and the rest is refused in words. What has neither reply subject, `reply_to` nor `req_id` is counted, logged and dropped. What has a
 `reply_to` alone is the spool's, because only its number there can tell two such messages apart.
 
 Each message becomes a task at once, because nats-py runs one subscription's callbacks one after another. Admission is
@@ -172,7 +172,7 @@ class FrontDoor:
             if worker.state is ModelState.DRAINING:
                 raise Draining(f"{worker.name} is being unloaded", param="model")
             raise ModelNotLoaded(worker.name, worker.state.replace("_", " "), worker.reason)
-        return await self._durable.reason(worker) is not None
+        return not await self._durable.takes(exchange)
 
     def _drop(self, exchange: Exchange) -> None:
         self.n_dropped += 1

@@ -38,7 +38,7 @@ from infsvc.errors import (
     RequestError,
     TooLarge,
 )
-from infsvc.types import MAX_BODY_BYTES, ModelState, new_req_id
+from infsvc.types import ModelState, new_req_id
 from transports.nats.bus import Bus
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.jetstream import FULL, JetStream, JetStreamFault, Stored
@@ -46,6 +46,9 @@ from transports.nats.once import OnceBook, Overtaken, Record, body_hash
 from transports.nats.puller import Puller
 
 log = logging.getLogger("infsvc.nats")
+
+HEADERS_BYTES = 4096
+"""Room for a queued message's headers, which the broker counts too."""
 
 _AUDIT_S = 30.0
 """How long an acknowledgement waits for the audit row to be on disk."""
@@ -175,6 +178,10 @@ class WorkQueue:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def fits(self, exchange: Exchange) -> bool:
+        """Whether the broker takes the message a second time, with the headers of the queue."""
+        return len(exchange.data) <= self._bus.max_payload - HEADERS_BYTES
+
     async def put(self, exchange: Exchange) -> None:
         """Puts a request that was read into the queue; whoever takes it answers the caller.
 
@@ -183,6 +190,8 @@ class WorkQueue:
             Conflict: its `req_id` is known with another body.
         """
         worker, settings = self.worker, self.worker.settings
+        if not self.fits(exchange):
+            raise TooLarge(self._bus.max_payload - HEADERS_BYTES)
         if worker.n_waiting >= settings.queue_max_msgs:
             raise self._full(worker.n_waiting)
         headers = {
@@ -243,7 +252,7 @@ class WorkQueue:
                 if fault.err_code == FULL:
                     raise self._full(self.worker.settings.queue_max_msgs) from None
                 if fault.err_code == 10054 or "payload" in str(fault).lower():
-                    raise TooLarge(min(MAX_BODY_BYTES, self._bus.max_payload)) from None
+                    raise TooLarge(self._bus.max_payload - HEADERS_BYTES) from None
                 if not fault.unanswered or not n_left:
                     raise QueueUnavailable(f"the broker did not take the request: {fault}") from None
                 await asyncio.sleep(_WAIT_LAST_S)

@@ -42,7 +42,7 @@ async def test_starts_and_stops(home: Home, url: str, caplog: pytest.LogCaptureF
     await broker.start()
     assert broker.running
     async with client_of(url) as client:
-        assert client.max_payload == 8 * 2**20 + 2**16
+        assert client.max_payload == 8 * 2**20
         assert await client.jetstream().account_info()
     await broker.stop()
     assert not broker.running

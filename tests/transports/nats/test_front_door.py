@@ -193,7 +193,7 @@ async def test_a_fault_of_the_node_is_an_answer_too(
 
 
 async def test_an_answer_over_the_brokers_limit_says_so(doors: Doors, client: Client) -> None:
-    doors.service.script = texts("x" * (9 * 2**20))
+    doors.service.script = texts("x" * (8 * 2**20))
     answer = await asked(client, SUBJECT, {"req_id": "r", "input": "x"})
     assert (answer["req_id"], answer["code"]) == ("r", "answer_too_large")
 
