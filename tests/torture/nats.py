@@ -89,6 +89,8 @@ class Outcome:
     n_twice: int = 0
     n_twice_unexcused: int = 0
     n_replayed: int = 0
+    n_taken_over: int = 0
+    """Requests that ran on a process when it was killed, and were begun again elsewhere."""
     n_kills: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
@@ -101,7 +103,8 @@ class Outcome:
                 f"durable: {self.n_answered} of {self.n_durable} answered",
                 f"request/reply without an id: {self.n_asked_answered} of {self.n_asked} answered",
                 f"executed: {self.n_executed}; twice: {self.n_twice}, of them not running at a kill: "
-                f"{self.n_twice_unexcused}; answered again without computing: {self.n_replayed}",
+                f"{self.n_twice_unexcused}; broken off by a kill and begun again: {self.n_taken_over}; answered again "
+                f"without computing: {self.n_replayed}",
                 *(f"FAULT: {fault}" for fault in self.faults),
             ]
         )
@@ -350,6 +353,8 @@ class Torture:
                     if status == "ok":
                         executed[req_id].append((ts, ts + dur_ms / 1000, home.name))
                     self.outcome.n_replayed += status == "replayed"
+                (n_events,) = db.execute("SELECT COUNT(*) FROM events WHERE code='queue.taken_over'").fetchone()
+                self.outcome.n_taken_over += n_events
             db.close()
         outcome = self.outcome
         outcome.n_executed = sum(len(runs) for req_id, runs in executed.items() if req_id in self._sent)

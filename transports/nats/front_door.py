@@ -11,8 +11,9 @@ else on `<RESPONSE_PREFIX>.<req_id>`. The door decides how a request goes on:
 | is malformed, or cannot be queued | nowhere: it is refused, and the spool is told to pass over it |
 
 A broker without JetStream has no queue, and a message of the broker's very largest size finds no room for the queue's
-headers: whoever waits on a reply subject is then served from memory, and the rest is refused in words. What has neither reply subject, `reply_to` nor `req_id` is counted, logged and dropped. What has a
-`reply_to` alone is the spool's, because only its number there can tell two such messages apart.
+headers: whoever waits on a reply subject is then served from memory, and the rest is refused in words. What has neither
+reply subject, `reply_to` nor `req_id` is counted, logged and dropped. What has a `reply_to` alone is the spool's,
+because only its number there can tell two such messages apart.
 
 Each message becomes a task at once, because nats-py runs one subscription's callbacks one after another. Admission is
 the service's and the queue's; the door itself only bounds its tasks, so that a flood is answered with `queue_full` and

@@ -54,6 +54,7 @@ _AUDIT_S = 30.0
 """How long an acknowledgement waits for the audit row to be on disk."""
 _N_TRIES = 3
 _FULL_DELAY_S = 1.0
+_NO_DELAY_S = 0.001
 _LAST_DELAY_S = 30.0
 _WAIT_FIRST_S, _WAIT_LAST_S = 0.05, 1.0
 _DEPTH_BUSY_S, _DEPTH_IDLE_S, _DEPTH_SOON_S = 0.5, 2.0, 0.05
@@ -380,10 +381,15 @@ class WorkQueue:
             self._puller.wake()
             await other.ended.wait()
         self._claims[req_id] = taken
-        over, wait_s = 0, _WAIT_FIRST_S
+        over, wait_s, before = 0, _WAIT_FIRST_S, None
         while True:
             try:
-                return await self._write(taken, "running", over=over)
+                revision = await self._write(taken, "running", over=over)
+                if before is not None and before.state == "running":
+                    worker.note(
+                        "warning", "queue.taken_over", f"{req_id} ran on {before.owner} when that ended", req_id=req_id
+                    )
+                return revision
             except Overtaken:
                 record = await self.book.read(req_id)
             except JetStreamFault as fault:
@@ -399,7 +405,7 @@ class WorkQueue:
             if record is None:
                 over = 0
                 continue
-            over = record.revision
+            over, before = record.revision, record
             if record.state == "refused":
                 continue
             if record.body != body:
@@ -514,8 +520,9 @@ class WorkQueue:
         await self._nak(taken, delay_s)
 
     async def _nak(self, taken: Taken, delay_s: float) -> None:
-        words = b"-NAK" + (b" " + json.dumps({"delay": int(delay_s * 1e9)}).encode() if delay_s else b"")
-        await self._js.send(taken.ack, words)
+        # Never without a delay: the broker keeps one over its own restart, and forgets a bare NAK.
+        words = json.dumps({"delay": int(max(delay_s, _NO_DELAY_S) * 1e9)})
+        await self._js.send(taken.ack, f"-NAK {words}".encode())
 
     async def _failed(self, taken: Taken, reason: str) -> None:
         """A request that made something break: again later, and at the last delivery a dead letter."""

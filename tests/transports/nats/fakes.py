@@ -10,7 +10,7 @@ from engine.generation import Chunk
 from engine.service import InferenceRequest
 from engine.stats import ModelStats
 from infsvc.errors import EngineFailed, RequestError
-from infsvc.events import EventBus, ModelStateChanged
+from infsvc.events import EventBus, LogLine, ModelStateChanged
 from infsvc.settings import WorkerSettings
 from infsvc.types import (
     BackpressureReport,
@@ -48,6 +48,9 @@ class FakeWorker:
     @property
     def n_waiting(self) -> int:
         return self.n_in_line + self.n_queued_durable
+
+    def note(self, level: str, code: str, msg: str, **meta: Any) -> None:
+        self._events.publish(LogLine(model=self.name, level=level, code=code, msg=msg, meta=meta or None))
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         self.state, self.reason = state, reason
