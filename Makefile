@@ -95,9 +95,13 @@ logs: $(BIN)/.node ## follow the audit rows of WORKER=name
 list-workers: ## the worker files
 	@ls envs | sed -n 's/^worker\.\(.*\)\.env$$/\1/p'
 
-bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`), and the screen's cost; about 30 minutes
+bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`), the screen's cost, and what NATS adds; about 30 minutes
 	@LLAMA_SERVER=$${LLAMA_SERVER:-$(wildcard .build/llama-server)} $(BIN)/python -m tests.benchmarks.throughput
 	@$(BIN)/python -m tests.benchmarks.screen_cost
+	@$(BIN)/python -m tests.benchmarks.nats_overhead
+
+torture: $(BIN)/.dev ## kill nodes and broker 30 times under 2,500 requests (some minutes); SEED=n
+	@$(BIN)/python -m tests.torture.nats --seed $(or $(SEED),1) --requests 2000 --kills 30
 
 llama-server: $(BIN)/.venv ## build llama-server, the peer of `make bench`, from the same source package (6 minutes)
 	@PYTHON=$(BIN)/python bash tools/build_llama_server.sh $(LLAMA_VERSION) "$(ARGS_$(GPU))" $(CURDIR)/.build/llama-server
