@@ -153,6 +153,11 @@ class InferenceService:
         """Leaves the row of a request that a door refused by itself."""
         self._fleet.get(request.model).audit.record(self._row(request, "rejected", error=f"{error.code}: {error}"))
 
+    def withdrawn(self, request: InferenceRequest) -> None:
+        """Leaves the row of a request that was cancelled while it waited outside this process."""
+        row = self._row(request, "cancelled", error=None)
+        self._fleet.get(request.model).audit.record(row)
+
     def live(self) -> Iterator[Generation]:
         """All requests that wait or run, oldest first within a model."""
         for worker in self._fleet.workers.values():

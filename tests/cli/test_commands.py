@@ -28,6 +28,7 @@ def node(serve: Callable[..., Served]) -> Served:
         ("serve",),
         ("chat",),
         ("status",),
+        ("queue",),
         ("start",),
         ("stop",),
         ("models",),

@@ -135,7 +135,8 @@ class Torture:
 
     def __init__(self, folder: Path, plan: Plan, say: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.plan, self._say = folder, plan, say
-        self._random = random.Random(plan.seed)
+        # One of its own for the kills, so that a seed names the same victims however fast the requests go.
+        self._fate, self._random = random.Random(plan.seed), random.Random(plan.seed + 1)
         self.port = free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self.kills: list[Kill] = []
@@ -208,15 +209,16 @@ class Torture:
 
     async def _kill_all(self) -> None:
         for n in range(self.plan.n_kills):
-            await asyncio.sleep(self._random.uniform(*self.plan.pause_s))
-            part = self._random.choices([*self.nodes, self.broker], weights=[2, 2, 1])[0]
+            await asyncio.sleep(self._fate.uniform(*self.plan.pause_s))
+            part = self._fate.choices([*self.nodes, self.broker], weights=[2, 2, 1])[0]
+            rest_s = self._fate.uniform(0.0, 1.0)
             kill = Kill(part.name, time.time())
             self.kills.append(kill)
             await part.kill()
             self.outcome.n_kills[part.name] += 1
             self._say(f"  kill {n + 1} of {self.plan.n_kills}: {part.name}; sent {len(self._sent)}")
             if part is self.broker:
-                await asyncio.sleep(self._random.uniform(0.0, 1.0))
+                await asyncio.sleep(rest_s)
                 await self._start_broker()
             else:
                 await part.start()

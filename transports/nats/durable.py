@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +28,7 @@ from engine.worker import Worker
 from infsvc import subjects
 from infsvc.errors import GivenUp, QueueUnavailable, Removed, RequestError
 from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
-from infsvc.types import ModelState
+from infsvc.types import CompletionReply, ModelState
 from transports.nats.bus import Bus
 from transports.nats.dead_letters import DeadLetter, DeadLetters
 from transports.nats.exchange import Exchange, Exchanges
@@ -94,6 +95,7 @@ class Durable:
         self._silent: dict[str, int] = {}
         self._handing_over: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._cancelling = asyncio.Lock()
         bus.on_connected(self._connected)
         bus.events.listen(self._on_event)
 
@@ -195,6 +197,51 @@ class Durable:
             shown.append(entry)
         return shown
 
+    async def cancel(self, req_id: str) -> bool:
+        """Takes a request that no node has taken yet out of its queue; its caller is told. Whether this node did: of
+        several that are asked, one does. Looks through all that waits."""
+        async with self._cancelling:
+            for lane in list(self._lanes.values()):
+                if lane.ready.is_set() and lane.problem is None and lane.worker.n_queued_durable:
+                    with suppress(JetStreamFault):
+                        if await self._withdraw(lane.worker, req_id):
+                            return True
+        return False
+
+    async def _withdraw(self, worker: Worker, req_id: str) -> bool:
+        async for kept in self._waiting(worker):
+            exchange = self._exchange_of(worker, kept)
+            if exchange.req_id != req_id or not await self.js.delete(worker.settings.stream_name, kept.seq):
+                continue
+            reply = CompletionReply(
+                req_id=req_id, text="", tokens_in=0, tokens_out=0, finish_reason="cancelled", duration_ms=0, ms=0
+            ).wire()
+            if exchange.request is not None:
+                self._service.withdrawn(exchange.inference(queued=True))
+                if exchange.request.stream and exchange.reply:
+                    reply["done"] = True
+            await self._exchanges.answer(exchange, reply)
+            return True
+        return False
+
+    async def _waiting(self, worker: Worker) -> AsyncIterator[Kept]:
+        """The messages of a model's queue that were never given to a node, oldest first."""
+        settings = worker.settings
+        info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
+        seq = int(info["delivered"]["stream_seq"])
+        while (kept := await self.js.next_message(settings.stream_name, seq + 1)) is not None:
+            seq = kept.seq
+            yield kept
+
+    @staticmethod
+    def _exchange_of(worker: Worker, kept: Kept) -> Exchange:
+        """A kept message with what can be read of it."""
+        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
+        with suppress(RequestError):
+            exchange.read()
+        exchange.req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)
+        return exchange
+
     async def purge(self, model: str) -> int:
         """Removes what waits in a model's queue and was never given to a node; each caller is told. How many.
 
@@ -207,14 +254,12 @@ class Durable:
             raise QueueUnavailable(f"the queue of {model} cannot be purged: {problem}")
         settings, n = worker.settings, 0
         try:
-            info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
-            seq = int(info["delivered"]["stream_seq"])
-            while (kept := await self.js.next_message(settings.stream_name, seq + 1)) is not None:
-                seq = kept.seq
-                if await self.js.delete(settings.stream_name, seq):
+            async for kept in self._waiting(worker):
+                if await self.js.delete(settings.stream_name, kept.seq):
                     n += 1
+                    exchange = self._exchange_of(worker, kept)
                     error = Removed("an operator removed the request from the queue before it ran")
-                    await self._answer_kept(worker, kept, error)
+                    await self._exchanges.answer(exchange, error.native(exchange.req_id))
         except JetStreamFault as fault:
             raise QueueUnavailable(f"the queue of {model} cannot be purged: {fault}") from None
         log.warning("%d requests were removed from the queue of %s", n, model, extra={"code": "queue.purged"})
@@ -461,10 +506,8 @@ class Durable:
         worker = self._fleet.workers.get(model)
         if worker is None:
             return True
-        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
-        with suppress(RequestError):
-            exchange.read()
-        req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)
+        exchange = self._exchange_of(worker, kept)
+        req_id = exchange.req_id
         error = GivenUp(f"the request is kept as a dead letter: {reason}")
         if req_id is not None:
             book = OnceBook(self.js, once_bucket(worker.settings))
@@ -483,12 +526,6 @@ class Durable:
             )
         await self._exchanges.answer(exchange, error.native(req_id))
         return True
-
-    async def _answer_kept(self, worker: Worker, kept: Kept, error: RequestError) -> None:
-        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
-        with suppress(RequestError):
-            exchange.read()
-        await self._exchanges.answer(exchange, error.native(exchange.req_id))
 
     async def _reopen(self, model: str, req_id: str) -> None:
         worker = self._fleet.workers.get(model)

@@ -187,7 +187,7 @@ class FrontDoor:
         self._cancels = await nc.subscribe(subjects.CANCEL, cb=self._cancel)
 
     async def _cancel(self, message: Msg) -> None:
-        """Every node hears it; only the request's owner answers."""
+        """Every node hears it; only the request's owner answers, or who takes it out of the queue."""
         try:
             req_id = named(read_object(message.data), "req_id")
             if req_id is None:
@@ -197,8 +197,16 @@ class FrontDoor:
         else:
             generation = self._service.find(req_id)
             if generation is None:
+                task = asyncio.create_task(self._cancel_queued(req_id, message.reply), name="nats-cancel")
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
                 return
             generation.cancel()
             answer = {"req_id": req_id, "cancelled": True}
         if message.reply:
             await self._bus.publish(message.reply, encode(answer))
+
+    async def _cancel_queued(self, req_id: str, reply: str) -> None:
+        """What no node has taken has no owner: who takes it out of the queue answers."""
+        if await self._durable.cancel(req_id) and reply:
+            await self._bus.publish(reply, encode({"req_id": req_id, "cancelled": True}))

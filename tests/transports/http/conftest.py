@@ -28,6 +28,10 @@ from transports.http.app import build_app
 from transports.http.server import HttpServer
 
 
+async def _nothing_queued(req_id: str) -> bool:
+    return False
+
+
 class ScriptedModel:
     """Tokenises by words."""
 
@@ -94,6 +98,7 @@ class ScriptedNode:
         self.start_time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self.events = EventBus(self.name)
         self.stopping = asyncio.Event()
+        self.durable = SimpleNamespace(cancel=_nothing_queued)
         self.bus = SimpleNamespace(state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None))
         workers = {name: WorkerSettings(model_name=name, queue_max_msgs=3, worker_concurrency=2) for name in MODELS}
         self.audits = {name: AuditLog(folder / f"{name}.sqlite") for name in workers}

@@ -162,10 +162,14 @@ class FakeService:
         self.submitted = asyncio.Event()
         self.draining = False
         self.repeats: list[tuple[InferenceRequest, dict[str, Any]]] = []
+        self.withdrawals: list[InferenceRequest] = []
         self.refusals: list[tuple[InferenceRequest, RequestError]] = []
 
     def answered_again(self, request: InferenceRequest, answer: dict[str, Any]) -> None:
         self.repeats.append((request, answer))
+
+    def withdrawn(self, request: InferenceRequest) -> None:
+        self.withdrawals.append(request)
 
     def refused(self, request: InferenceRequest, error: RequestError) -> None:
         self.refusals.append((request, error))

@@ -350,6 +350,23 @@ async def test_purge_tells_the_callers(url: str, home: Home, events: EventBus, b
         await emptied(client)
 
 
+async def test_cancel_reaches_what_still_waits_in_the_broker(
+    url: str, home: Home, events: EventBus, broker: EmbeddedBroker
+) -> None:
+    worker = FakeWorker("demo", events)
+    worker.state = ModelState.LOADING
+    async with Doors(url, home, events, worker) as doors, client_of(url) as client:
+        waiting = {name: asyncio.create_task(asked(client, SUBJECT, body(name))) for name in ("one", "two", "three")}
+        await until(lambda: worker.n_queued_durable == 3, client)
+        assert await asked(client, subjects.CANCEL, {"req_id": "two"}) == {"req_id": "two", "cancelled": True}
+        assert (await waiting["two"])["finish_reason"] == "cancelled"
+        assert [request.req_id for request in doors.service.withdrawals] == ["two"]
+        assert not await doors.durable.cancel("two")
+        worker.move(ModelState.READY)
+        assert {(await waiting[name])["text"] for name in ("one", "three")} == {"echo: x"}
+        assert sorted(request.req_id for request in doors.service.requests) == ["one", "three"]
+
+
 async def test_eight_megabytes_go_through_the_queue(doors: Doors, client: Client) -> None:
     doors.service.script = texts("read")
     large = "x" * (8 * 2**20 - 5000)
