@@ -546,11 +546,17 @@ class Durable:
 
 
 async def _all(*works: Any) -> None:
-    """Runs all until one fails; the others are cancelled then."""
+    """Runs all until one fails; the others are cancelled then.
+
+    Each is cancelled once: a second time would break off what it does to end well, such as leaving a subject, and a
+    flush that is broken off costs nats-py its connection.
+    """
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
-        await asyncio.gather(*tasks)
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
