@@ -59,6 +59,7 @@ class Plan:
         n_durable: requests that must be answered; three kinds in turn.
         n_asked: request/reply without an id, which a crash may lose.
         pause_s: seconds between two kills, from and to.
+        ask_s: after how long a caller takes a request for lost.
     """
 
     seed: int = 1
@@ -67,6 +68,7 @@ class Plan:
     n_kills: int = 30
     pause_s: tuple[float, float] = (2.0, 5.0)
     patience_s: float = 240.0
+    ask_s: float = 6.0
 
 
 @dataclass
@@ -277,7 +279,7 @@ class Torture:
         until = time.time() + self.plan.patience_s
         while time.time() < until:
             with suppress(NatsError, TimeoutError, OSError):
-                answer = json.loads((await client.request(SUBJECT, data, timeout=6)).data)
+                answer = json.loads((await client.request(SUBJECT, data, timeout=self.plan.ask_s)).data)
                 if "text" in answer:
                     self._direct[req_id] = answer
                     return
@@ -288,8 +290,9 @@ class Torture:
 
     async def _ask(self, client: Client, n: int) -> None:
         """A caller that nobody could find again."""
+        data = json.dumps(self._body(n)).encode()
         with suppress(NatsError, TimeoutError, OSError):
-            answer = json.loads((await client.request(SUBJECT, json.dumps(self._body(n)).encode(), timeout=15)).data)
+            answer = json.loads((await client.request(SUBJECT, data, timeout=2 * self.plan.ask_s)).data)
             self.outcome.n_asked_answered += "text" in answer
 
     async def _answers(self, client: Client) -> dict[str, list[dict[str, Any]]]:
