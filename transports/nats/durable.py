@@ -36,7 +36,7 @@ from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault
 from transports.nats.messages import encode, named, read_object
 from transports.nats.once import OnceBook, Overtaken, body_hash
 from transports.nats.puller import ConsumerGone
-from transports.nats.spool import Spool, mark_of
+from transports.nats.spool import Spool, name_of
 from transports.nats.streams import (
     foreign_streams,
     once_bucket,
@@ -129,6 +129,8 @@ class Durable:
 
     async def reason(self, worker: Worker) -> str | None:
         """Why the model's queue takes nothing, or None. Waits while that is being found out."""
+        if self._bus.nc is None:
+            return "there is no connection to the broker"
         try:
             async with asyncio.timeout(_SETUP_S):
                 await self._decided.wait()
@@ -159,16 +161,10 @@ class Durable:
 
     async def pass_over(self, exchange: Exchange) -> None:
         """Tells the spool that a message was refused, so that it does not queue it after all."""
-        lane, key = self._lanes.get(exchange.worker.name), mark_of(exchange)
-        if lane is None or key is None or self._off is not None or not lane.ready.is_set():
-            return
-        with suppress(JetStreamFault, Overtaken):
-            record = await lane.queue.book.read(key)
-            if record is None or record.state in ("refused", "released"):
-                over = 0 if record is None else record.revision
-                await lane.queue.book.write(
-                    key, "refused", body=body_hash(exchange.body), over=over, limit_bytes=self._bus.max_payload
-                )
+        lane, name = self._lanes.get(exchange.worker.name), name_of(exchange)
+        if lane is not None and name is not None and lane.ready.is_set() and lane.problem is None:
+            with suppress(JetStreamFault):
+                await lane.queue.book.mark(name)
 
     async def overview(self) -> list[dict[str, Any]]:
         """What `/api/queue` shows: each served model's queue as the broker has it."""
@@ -393,6 +389,9 @@ class Durable:
     async def _have_streams(self, worker: Worker) -> bool:
         """Makes a model's streams and consumers; whether the spool is among them."""
         settings = worker.settings
+        for other in self._fleet.workers.values():
+            if other is not worker and other.settings.stream_name == settings.stream_name:
+                raise JetStreamFault(f"its STREAM_NAME {settings.stream_name} is also that of {other.name}")
         await self.js.have_stream(queue_stream(settings))
         await self.js.have_consumer(settings.stream_name, queue_consumer(settings))
         await self.js.have_stream(once_stream(settings))

@@ -131,11 +131,11 @@ class FrontDoor:
 
     async def _serve(self, exchange: Exchange) -> None:
         """A message from its bytes to its answer, or to the queue; every way it can fail is an answer too."""
+        refused = False
         try:
             final = await self._run(exchange)
         except RequestError as error:
-            final = error.native(exchange.req_id)
-            await self._durable.pass_over(exchange)
+            final, refused = error.native(exchange.req_id), True
         except Exception as error:
             log.exception("a request broke", extra={"code": "nats.request_broke", "model": exchange.worker.name})
             final = EngineFailed(f"the node failed: {type(error).__name__}").native(exchange.req_id)
@@ -145,6 +145,8 @@ class FrontDoor:
             await self._exchanges.answer(exchange, final)
         else:
             self._drop(exchange)
+        if refused:
+            await self._durable.pass_over(exchange)
 
     async def _run(self, exchange: Exchange) -> dict[str, Any] | None:
         """The answer, or None when somebody else will give it."""

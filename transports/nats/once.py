@@ -5,10 +5,13 @@ The broker's own window (`Nats-Msg-Id`) stops a message that is sent twice; this
 write the next one.
 
     (no record) → running → done
-         ↑  ↖ refused ↙ ↘ released → running …
+                     ↓↑
+                  released
 
 `running` names the process at work. A process that died leaves it behind; who finds it asks the owner, and takes the
-request over when nobody answers.
+request over when nobody answers. `void` is what somebody else wrote there, or deleted: it counts as nothing.
+
+Beside the records lie marks: that a front door has seen to what was published under a name, and when.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from infsvc.types import Wire
 from transports.nats.jetstream import WRONG_REVISION, JetStream, JetStreamFault
 from transports.nats.messages import encode
 
-State = Literal["running", "done", "refused", "released"]
+_MARK = "seen:"
+
+State = Literal["running", "done", "released", "void"]
 
 
 class Overtaken(Exception):
@@ -81,16 +86,22 @@ class OnceBook:
     async def read(self, req_id: str) -> Record | None:
         """The record of an id, or None when there is none (any more)."""
         kept = await self._js.last(f"KV_{self._bucket}", self._subject(req_id))
-        if kept is None or not kept.data:
+        if kept is None:
             return None
         try:
             page = _Page.model_validate_json(kept.data)
         except ValueError:
-            # Not this project's writing. It counts as nothing, and is written over.
-            return Record(
-                state="refused", body="", owner="", seq=0, answer=None, revision=kept.seq, stored_s=kept.stored_s
-            )
+            page = _Page(state="void", body="")
         return Record(**page.model_dump(), revision=kept.seq, stored_s=kept.stored_s)
+
+    async def mark(self, name: str) -> None:
+        """Notes that what was published under a name has been seen to."""
+        await self._js.publish(self._subject(f"{_MARK}{name}"), b"{}")
+
+    async def marked_s(self, name: str) -> float:
+        """When that was noted last, by the broker's clock; 0 when it was not."""
+        kept = await self._js.last(f"KV_{self._bucket}", self._subject(f"{_MARK}{name}"))
+        return 0.0 if kept is None else kept.stored_s
 
     async def write(
         self,

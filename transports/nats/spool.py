@@ -5,9 +5,9 @@ is left alone for a moment, in which some node's front door queues it, answers i
 
 | it has | and | it |
 |---|---|---|
-| a `req_id` | a record or a place in the queue since it came | was seen to: passed over |
-| a `req_id` | neither | is queued, answered where it says |
-| a `reply_to` alone | no front door has refused it | is queued under its number in the spool |
+| a `req_id` | a record, a mark or a place in the queue since it came | was seen to: passed over |
+| a `req_id` | none of them | is queued, answered where it says |
+| a `reply_to` alone | no mark, which a front door leaves that refused it | is queued under its number in the spool |
 | neither | | was a caller's that waits on a reply subject, and is gone with it |
 """
 
@@ -32,22 +32,24 @@ from transports.nats.work_queue import WorkQueue
 
 log = logging.getLogger("infsvc.nats")
 
-GRACE_S = 0.25
-"""How long a front door has to see to a message before the spool does."""
+NAMED_GRACE_S = 2.0
+"""How long a front door, which may be busy, has to see to a message with a `req_id` before the spool does."""
+ALONE_GRACE_S = 0.25
+"""The same for a `reply_to` alone, which only the spool can queue: long enough for a refusal."""
 
+_AGAIN_S = 1.0
 _OLD_S = 10.0
 """What lies longer than this came while nobody was there, and needs no grace. Clocks may differ by less."""
-_MARK = "refused:"
 
 
-def mark_of(exchange: Exchange) -> str | None:
-    """The book's key that tells the spool to pass over a refused message, or None where it would anyway."""
+def name_of(exchange: Exchange) -> str | None:
+    """The name under which a message is marked as seen to, or None where the spool passes over it anyway."""
     if not exchange.body:
         return None
     if isinstance(exchange.body.get("req_id"), str):
         return str(exchange.body["req_id"])
     if exchange.body.get("reply_to") is not None:
-        return f"{_MARK}{body_hash(exchange.body)}"
+        return f"body:{body_hash(exchange.body)}"
     return None
 
 
@@ -99,11 +101,19 @@ class Spool:
 
     async def _see_to(self, message: Msg) -> None:
         came_s = message.metadata.timestamp.timestamp()
-        if time.time() - came_s < _OLD_S:
-            await asyncio.sleep(GRACE_S)
         exchange = Exchange(self._worker, message.data, message.headers or {}, None)
+        problem: RequestError | None = None
         try:
-            if await self._is_seen_to(exchange, message, came_s):
+            exchange.read()
+        except RequestError as error:
+            problem = error
+        name = name_of(exchange)
+        if name is not None and message.metadata.num_delivered == 1 and time.time() - came_s < _OLD_S:
+            # The broker holds it meanwhile.
+            await self._later(message, ALONE_GRACE_S if exchange.req_id is None else NAMED_GRACE_S)
+            return
+        try:
+            if name is None or await self._is_seen_to(exchange, name, problem, message, came_s):
                 self.n_passed_over += 1
             else:
                 self.n_queued += 1
@@ -113,23 +123,22 @@ class Spool:
         except JetStreamFault as fault:
             # Left to the broker, which gives it out again.
             log.debug("a spooled message waits: %s", fault, extra={"code": "spool.waits", "model": self._worker.name})
-            await self._js.send(message.reply, b'-NAK {"delay": 1000000000}')
+            await self._later(message, _AGAIN_S)
             return
         await self._js.send(message.reply, b"+ACK")
 
-    async def _is_seen_to(self, exchange: Exchange, message: Msg, came_s: float) -> bool:
+    async def _later(self, message: Msg, seconds: float) -> None:
+        await self._js.send(message.reply, f'-NAK {{"delay": {int(seconds * 1e9)}}}'.encode())
+
+    async def _is_seen_to(
+        self, exchange: Exchange, name: str, problem: RequestError | None, message: Msg, came_s: float
+    ) -> bool:
         """Whether a front door has dealt with the message; else puts it into the queue."""
         seq = message.metadata.sequence.stream
-        problem: RequestError | None = None
-        try:
-            exchange.read()
-        except RequestError as error:
-            problem = error
-        key = mark_of(exchange)
-        if key is None:
+        record = None if exchange.req_id is None else await self._book.read(exchange.req_id)
+        if record is not None and record.stored_s >= came_s:
             return True
-        record = await self._book.read(key)
-        if record is not None and (record.stored_s >= came_s or key.startswith(_MARK)):
+        if await self._book.marked_s(name) >= came_s:
             return True
         if problem is not None:
             raise problem

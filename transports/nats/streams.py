@@ -27,7 +27,7 @@ UNDERTAKERS = "undertakers"
 _ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER"
 _MAX_DEAD = 10_000
 _DEAD_AGE_S = 30 * 86400.0
-_MAX_SPOOLED = 1_000_000
+_MAX_SPOOLED = 200_000
 _MAX_RECORDS = 1_000_000
 _SPOOL_ACK_WAIT_S = 10.0
 SPOOL_BATCH = 512
@@ -108,7 +108,7 @@ def spool_consumer(settings: WorkerSettings) -> ConsumerConfig:
         durable_name=spool_durable(settings),
         ack_policy=AckPolicy.EXPLICIT,
         ack_wait=_SPOOL_ACK_WAIT_S,
-        max_ack_pending=4 * SPOOL_BATCH,
+        max_ack_pending=_MAX_SPOOLED,
     )
 
 

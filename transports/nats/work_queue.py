@@ -208,6 +208,8 @@ class WorkQueue:
         msg_id = subjects.msg_id(worker.name, exchange.req_id)
         stored = await self._store(exchange.data, headers | {subjects.MSG_ID_HEADER: msg_id})
         if stored.duplicate:
+            with suppress(JetStreamFault):
+                await self.book.mark(exchange.req_id)
             await self._put_again(exchange, headers)
         self._look.set()
 
@@ -406,7 +408,7 @@ class WorkQueue:
                 over = 0
                 continue
             over, before = record.revision, record
-            if record.state == "refused":
+            if record.state == "void":
                 continue
             if record.body != body:
                 raise self._conflict(exchange)

@@ -34,6 +34,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spool looks again soon, so that a test need not wait for it."""
+    monkeypatch.setattr("transports.nats.spool.NAMED_GRACE_S", 0.5)
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return Home(tmp_path / "home", tmp_path / "shipped")

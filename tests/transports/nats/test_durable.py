@@ -88,6 +88,8 @@ async def test_a_repeat_gets_the_same_answer_and_is_not_computed(doors: Doors, c
     assert isinstance(doors.service.refusals[0][1], Conflict)
     assert len(doors.service.requests) == 1
     await emptied(client)
+    # The spool has seen all of them, and made no further repeat of any.
+    assert (len(doors.service.repeats), len(doors.service.refusals)) == (2, 1)
 
 
 async def test_a_repeat_of_what_still_runs_waits_for_it(doors: Doors, client: Client) -> None:
