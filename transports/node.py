@@ -36,6 +36,7 @@ from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
+from transports.nats.queue_desk import QueueDesk
 
 if TYPE_CHECKING:
     from transports.http.server import HttpServer
@@ -116,7 +117,10 @@ class Node:
         )
         exchanges = Exchanges(self.bus, self.service)
         self.durable = Durable(self.bus, self.fleet, self.service, exchanges, self.name)
-        self._front_door = FrontDoor(self.bus, self.fleet, self.service, exchanges, self.durable, self.stopping)
+        self.queue_desk = QueueDesk(self.durable, self.fleet, self.service, exchanges)
+        self._front_door = FrontDoor(
+            self.bus, self.fleet, self.service, exchanges, self.durable, self.queue_desk, self.stopping
+        )
         self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None

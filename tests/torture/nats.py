@@ -59,6 +59,7 @@ class Plan:
         n_durable: requests that must be answered; three kinds in turn.
         n_asked: request/reply without an id, which a crash may lose.
         pause_s: seconds between two kills, from and to.
+        weights: how often the two nodes and the broker are the victims.
         ask_s: after how long a caller takes a request for lost.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     pause_s: tuple[float, float] = (2.0, 5.0)
     patience_s: float = 240.0
     ask_s: float = 6.0
+    weights: tuple[int, int, int] = (1, 1, 1)
 
 
 @dataclass
@@ -212,7 +214,7 @@ class Torture:
     async def _kill_all(self) -> None:
         for n in range(self.plan.n_kills):
             await asyncio.sleep(self._fate.uniform(*self.plan.pause_s))
-            part = self._fate.choices([*self.nodes, self.broker], weights=[2, 2, 1])[0]
+            part = self._fate.choices([*self.nodes, self.broker], weights=self.plan.weights)[0]
             rest_s = self._fate.uniform(0.0, 1.0)
             kill = Kill(part.name, time.time())
             self.kills.append(kill)

@@ -35,13 +35,13 @@ class DeadLetterRoutes:
     async def queues(self, request: Request) -> Json:
         """`GET /api/queue`."""
         query(request)
-        return Json({"queues": await self._node.durable.overview()})
+        return Json({"queues": await self._node.queue_desk.overview()})
 
     async def purge(self, request: Request) -> Json:
         """`DELETE /api/queue/<m>`."""
         query(request)
         model = request.path_params["model"]
-        return Json({"model": model, "removed": await self._node.durable.purge(model)})
+        return Json({"model": model, "removed": await self._node.queue_desk.purge(model)})
 
     async def letters(self, request: Request) -> Json:
         """`GET /api/dead`; the next page begins behind the last id."""

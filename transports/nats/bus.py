@@ -192,6 +192,23 @@ class Bus:
         nc = self.nc
         return nc is not None and nc.is_connected and await bounded(nc.flush(), seconds)
 
+    async def confirm(self, seconds: float = _SEND_S) -> bool:
+        """Whether the broker has taken all that was published over the connection that stands now.
+
+        A publish only fills a buffer: what a dying broker has not read is lost, and nobody is told.
+        """
+        nc, taken = self.nc, False
+
+        async def round_trip(nc: Client) -> None:
+            nonlocal taken
+            await nc.flush()
+            taken = True
+
+        if nc is None or not nc.is_connected:
+            return False
+        await bounded(round_trip(nc), seconds)
+        return taken and self.nc is nc
+
     async def _run(self) -> None:
         delay = 0.0
         while True:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,12 +25,13 @@ from engine.fleet import Fleet
 from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import GivenUp, QueueUnavailable, Removed, RequestError
+from infsvc.errors import GivenUp, QueueUnavailable, RequestError
 from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
-from infsvc.types import CompletionReply, ModelState
+from infsvc.types import ModelState
 from transports.nats.bus import Bus
 from transports.nats.dead_letters import DeadLetter, DeadLetters
-from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.exchange import Exchange, Exchanges, exchange_of
+from transports.nats.intake import Intake
 from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept
 from transports.nats.messages import encode, named, read_object
 from transports.nats.once import OnceBook, Overtaken, body_hash
@@ -65,11 +65,13 @@ _CLOSE_S = 2.0
 class _Lane:
     """One model's queue and spool, and the task that serves them over the present connection."""
 
-    def __init__(self, worker: Worker, queue: WorkQueue, spool: Spool) -> None:
-        self.worker, self.queue, self.spool = worker, queue, spool
+    def __init__(self, worker: Worker, queue: WorkQueue, intake: Intake, spool: Spool) -> None:
+        self.worker, self.queue, self.intake, self.spool = worker, queue, intake, spool
         self.task: asyncio.Task[None] | None = None
         self.ready = asyncio.Event()
         self.problem: str | None = None
+        self.made = False
+        """Whether its streams are on this broker."""
         self.spools = False
 
 
@@ -95,7 +97,6 @@ class Durable:
         self._silent: dict[str, int] = {}
         self._handing_over: set[asyncio.Task[None]] = set()
         self._leaving = False
-        self._cancelling = asyncio.Lock()
         bus.on_connected(self._connected)
         bus.events.listen(self._on_event)
 
@@ -118,14 +119,19 @@ class Durable:
         await self.dead.close()
         await self._bus.flush()
 
+    def foreign(self, model: str) -> tuple[str, ...]:
+        """Streams of an operator's own over the model's public subject."""
+        return self._foreign.get(model, ())
+
     async def settle(self, workers: list[Worker]) -> None:
-        """Waits for these models' queues to be made, or found impossible; not for long."""
+        """Waits for these models' streams to be made on this broker, or found impossible; not for long."""
         self._changed.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(_SETTLE_S):
                 await self._decided.wait()
                 if self._off is None:
-                    await asyncio.gather(*(self._lane(worker).ready.wait() for worker in workers))
+                    lanes = [self._lane(worker) for worker in workers]
+                    await asyncio.gather(*(lane.ready.wait() for lane in lanes if not lane.made))
 
     async def reason(self, worker: Worker) -> str | None:
         """Why the model's queue takes nothing, or None. Waits while that is being found out."""
@@ -146,18 +152,18 @@ class Durable:
 
     async def takes(self, exchange: Exchange) -> bool:
         """Whether the model's queue can take this request."""
-        return await self.reason(exchange.worker) is None and self._lanes[exchange.worker.name].queue.fits(exchange)
+        return await self.reason(exchange.worker) is None and self._lanes[exchange.worker.name].intake.fits(exchange)
 
     async def spools(self, worker: Worker) -> bool:
         """Whether what is published without a reply subject is kept by itself, also when no front door takes it."""
         return await self.reason(worker) is None and self._lanes[worker.name].spools
 
     async def put(self, exchange: Exchange) -> None:
-        """Puts a request into its model's queue; see `WorkQueue.put`."""
+        """Puts a request into its model's queue; see `Intake.put`."""
         problem = await self.reason(exchange.worker)
         if problem is not None:
             raise QueueUnavailable(f"requests cannot be kept: {problem}")
-        await self._lanes[exchange.worker.name].queue.put(exchange)
+        await self._lanes[exchange.worker.name].intake.put(exchange)
 
     async def pass_over(self, exchange: Exchange) -> None:
         """Tells the spool that a message was refused, so that it does not queue it after all."""
@@ -165,101 +171,6 @@ class Durable:
         if lane is not None and name is not None and lane.ready.is_set() and lane.problem is None:
             with suppress(JetStreamFault):
                 await lane.queue.book.mark(name)
-
-    async def overview(self) -> list[dict[str, Any]]:
-        """What `/api/queue` shows: each served model's queue as the broker has it."""
-        shown = []
-        for worker in [worker for worker in self._fleet.workers.values() if is_served(worker)]:
-            settings = worker.settings
-            problem = await self.reason(worker)
-            entry: dict[str, Any] = {
-                "model": worker.name,
-                "subject": settings.queue_subject,
-                "stream": settings.stream_name,
-                "capacity": settings.queue_max_msgs,
-                "durable": problem is None,
-            }
-            if problem is not None:
-                entry["reason"] = problem
-            else:
-                with suppress(JetStreamFault):
-                    info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
-                    entry |= {"waiting": info["num_pending"], "taken": info["num_ack_pending"]}
-                    entry["redelivered"] = info["num_redelivered"]
-                    spool = await self.js.call(f"STREAM.INFO.{spool_stream(settings).name}")
-                    entry["spooled"] = spool["state"]["messages"]
-            if self._foreign.get(worker.name):
-                entry["foreign_streams"] = list(self._foreign[worker.name])
-            shown.append(entry)
-        return shown
-
-    async def cancel(self, req_id: str) -> bool:
-        """Takes a request that no node has taken yet out of its queue; its caller is told. Whether this node did: of
-        several that are asked, one does. Looks through all that waits."""
-        async with self._cancelling:
-            for lane in list(self._lanes.values()):
-                if lane.ready.is_set() and lane.problem is None and lane.worker.n_queued_durable:
-                    with suppress(JetStreamFault):
-                        if await self._withdraw(lane.worker, req_id):
-                            return True
-        return False
-
-    async def _withdraw(self, worker: Worker, req_id: str) -> bool:
-        async for kept in self._waiting(worker):
-            exchange = self._exchange_of(worker, kept)
-            if exchange.req_id != req_id or not await self.js.delete(worker.settings.stream_name, kept.seq):
-                continue
-            reply = CompletionReply(
-                req_id=req_id, text="", tokens_in=0, tokens_out=0, finish_reason="cancelled", duration_ms=0, ms=0
-            ).wire()
-            if exchange.request is not None:
-                self._service.withdrawn(exchange.inference(queued=True))
-                if exchange.request.stream and exchange.reply:
-                    reply["done"] = True
-            await self._exchanges.answer(exchange, reply)
-            return True
-        return False
-
-    async def _waiting(self, worker: Worker) -> AsyncIterator[Kept]:
-        """The messages of a model's queue that were never given to a node, oldest first."""
-        settings = worker.settings
-        info = await self.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
-        seq = int(info["delivered"]["stream_seq"])
-        while (kept := await self.js.next_message(settings.stream_name, seq + 1)) is not None:
-            seq = kept.seq
-            yield kept
-
-    @staticmethod
-    def _exchange_of(worker: Worker, kept: Kept) -> Exchange:
-        """A kept message with what can be read of it."""
-        exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
-        with suppress(RequestError):
-            exchange.read()
-        exchange.req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)
-        return exchange
-
-    async def purge(self, model: str) -> int:
-        """Removes what waits in a model's queue and was never given to a node; each caller is told. How many.
-
-        Raises:
-            UnknownModel, QueueUnavailable.
-        """
-        worker = self._fleet.get(model)
-        problem = await self.reason(worker)
-        if problem is not None:
-            raise QueueUnavailable(f"the queue of {model} cannot be purged: {problem}")
-        settings, n = worker.settings, 0
-        try:
-            async for kept in self._waiting(worker):
-                if await self.js.delete(settings.stream_name, kept.seq):
-                    n += 1
-                    exchange = self._exchange_of(worker, kept)
-                    error = Removed("an operator removed the request from the queue before it ran")
-                    await self._exchanges.answer(exchange, error.native(exchange.req_id))
-        except JetStreamFault as fault:
-            raise QueueUnavailable(f"the queue of {model} cannot be purged: {fault}") from None
-        log.warning("%d requests were removed from the queue of %s", n, model, extra={"code": "queue.purged"})
-        return n
 
     # The connection.
 
@@ -276,7 +187,7 @@ class Durable:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for lane in self._lanes.values():
-            lane.task = None
+            lane.task, lane.made = None, False
             lane.ready.clear()
 
     async def _serve(self, nc: Client) -> None:
@@ -345,8 +256,17 @@ class Durable:
                 alive=self._alive,
                 bury=self._bury,
             )
-            spool = Spool(worker, js=self.js, book=book, queue=queue, exchanges=self._exchanges)
-            lane = self._lanes[worker.name] = _Lane(worker, queue, spool)
+            intake = Intake(
+                worker,
+                bus=self._bus,
+                js=self.js,
+                book=book,
+                exchanges=self._exchanges,
+                service=self._service,
+                on_put=queue.look,
+            )
+            spool = Spool(worker, js=self.js, book=book, intake=intake, exchanges=self._exchanges)
+            lane = self._lanes[worker.name] = _Lane(worker, queue, intake, spool)
         return lane
 
     def _open_lane(self, nc: Client, worker: Worker) -> None:
@@ -370,7 +290,7 @@ class Durable:
         while True:
             try:
                 lane.spools = await self._have_streams(lane.worker)
-                lane.problem = None
+                lane.problem, lane.made = None, True
                 lane.ready.set()
                 runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
                 await _all(*runs, self._look_for_foreign(lane.worker))
@@ -505,7 +425,7 @@ class Durable:
         worker = self._fleet.workers.get(model)
         if worker is None:
             return True
-        exchange = self._exchange_of(worker, kept)
+        exchange = exchange_of(worker, kept)
         req_id = exchange.req_id
         error = GivenUp(f"the request is kept as a dead letter: {reason}")
         if req_id is not None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +18,17 @@ from engine.generation import Generation
 from engine.service import InferenceRequest, InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import BadRequest, DeadlineExceeded
+from infsvc.errors import BadRequest, DeadlineExceeded, RequestError
 from infsvc.types import CompletionChunk, CompletionRequest
 from transports.nats.bus import Bus
+from transports.nats.jetstream import Kept
 from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
 
 log = logging.getLogger("infsvc.nats")
 
 _RESEND_S = 0.2
+_N_SENDS = 3
+"""How often an answer is offered to a broker that is there and does not take it."""
 
 
 @dataclass
@@ -106,6 +110,15 @@ class Exchange:
         return made
 
 
+def exchange_of(worker: Worker, kept: Kept) -> Exchange:
+    """A message that lies in a model's queue, with what can be read of it."""
+    exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
+    with suppress(RequestError):
+        exchange.read()
+    exchange.req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)
+    return exchange
+
+
 class Exchanges:
     """Runs exchanges and sends their answers. Loop thread only."""
 
@@ -148,25 +161,27 @@ class Exchanges:
         self._service.answered_again(exchange.inference(queued=True), answer)
         await self.answer(exchange, answer, patiently=True)
 
-    async def answer(self, exchange: Exchange, answer: dict[str, Any], *, patiently: bool = False) -> bool:
-        """Sends the final answer to every target; whether the connection took it.
+    async def answer(self, exchange: Exchange, answer: dict[str, Any], *, patiently: bool = False) -> None:
+        """Sends the final answer to every target.
 
         Args:
-            patiently: waits for a lost connection to come back, until it is cancelled.
+            patiently: sends it until the broker has taken it, over a connection that comes back if need be, or until
+                this is cancelled. A target may then get it twice, and gets it once at least.
         """
-        sent = True
-        for target in exchange.targets:
-            while not await self._bus.publish(target, encode_final(answer, limit_bytes=self._bus.max_payload)):
-                if not patiently:
-                    sent = False
-                    log.warning(
-                        "an answer was lost: no connection to the broker",
-                        extra={
-                            "code": "nats.answer_lost",
-                            "model": exchange.worker.name,
-                            "meta": {"req_id": exchange.req_id},
-                        },
-                    )
-                    break
-                await asyncio.sleep(_RESEND_S)
-        return sent
+        sent = await self._send(exchange, answer)
+        n_left = _N_SENDS
+        while patiently and not (await self._bus.confirm() and (sent or not (n_left := n_left - 1))):
+            await asyncio.sleep(_RESEND_S)
+            sent = await self._send(exchange, answer)
+        if not sent:
+            log.warning(
+                "an answer was lost: %s",
+                "the broker does not take it" if patiently else "no connection to the broker",
+                extra={"code": "nats.answer_lost", "model": exchange.worker.name, "meta": {"req_id": exchange.req_id}},
+            )
+
+    async def _send(self, exchange: Exchange, answer: dict[str, Any]) -> bool:
+        data = encode_final(answer, limit_bytes=self._bus.max_payload)
+        # All are tried: one that is refused says nothing of the others.
+        sent = [await self._bus.publish(target, data) for target in exchange.targets]
+        return all(sent)

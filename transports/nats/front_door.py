@@ -40,6 +40,7 @@ from transports.nats.bus import Bus, bounded
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.messages import encode, named, read_object
+from transports.nats.queue_desk import QueueDesk
 from transports.nats.subscriptions import ModelSubscriptions
 
 log = logging.getLogger("infsvc.nats")
@@ -64,10 +65,11 @@ class FrontDoor:
         service: InferenceService,
         exchanges: Exchanges,
         durable: Durable,
+        desk: QueueDesk,
         stopping: asyncio.Event,
     ) -> None:
         self._bus, self._service, self._stopping = bus, service, stopping
-        self._exchanges, self._durable = exchanges, durable
+        self._exchanges, self._durable, self._desk = exchanges, durable, desk
         self._leaving = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._n_tasks: Counter[str] = Counter()
@@ -210,5 +212,5 @@ class FrontDoor:
 
     async def _cancel_queued(self, req_id: str, reply: str) -> None:
         """What no node has taken has no owner: who takes it out of the queue answers."""
-        if await self._durable.cancel(req_id) and reply:
+        if await self._desk.cancel(req_id) and reply:
             await self._bus.publish(reply, encode({"req_id": req_id, "cancelled": True}))

@@ -21,6 +21,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from infsvc.errors import EngineFailed
 from infsvc.types import Wire
 from transports.nats.jetstream import WRONG_REVISION, JetStream, JetStreamFault
 from transports.nats.messages import encode
@@ -71,6 +72,13 @@ def body_hash(body: dict[str, Any]) -> str:
     essence = {key: value for key, value in body.items() if key != "reply_to"}
     text = json.dumps(essence, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def answer_of(record: Record, req_id: str) -> dict[str, Any]:
+    """What a repeat of a request that is done is told."""
+    if record.answer is not None:
+        return record.answer
+    return EngineFailed("the request was answered before, and the answer was too large to be kept").native(req_id)
 
 
 class OnceBook:

@@ -24,11 +24,11 @@ from engine.worker import Worker
 from infsvc import subjects
 from infsvc.errors import BadRequest, RequestError
 from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.intake import Intake
 from transports.nats.jetstream import JetStream, JetStreamFault
 from transports.nats.once import OnceBook, body_hash
 from transports.nats.puller import Puller
 from transports.nats.streams import SPOOL_BATCH, spool_durable, spool_name
-from transports.nats.work_queue import WorkQueue
 
 log = logging.getLogger("infsvc.nats")
 
@@ -56,10 +56,8 @@ def name_of(exchange: Exchange) -> str | None:
 class Spool:
     """A model's spool. Loop thread only."""
 
-    def __init__(
-        self, worker: Worker, *, js: JetStream, book: OnceBook, queue: WorkQueue, exchanges: Exchanges
-    ) -> None:
-        self._worker, self._js, self._book, self._queue, self._exchanges = worker, js, book, queue, exchanges
+    def __init__(self, worker: Worker, *, js: JetStream, book: OnceBook, intake: Intake, exchanges: Exchanges) -> None:
+        self._worker, self._js, self._book, self._intake, self._exchanges = worker, js, book, intake, exchanges
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
         self.n_passed_over = self.n_queued = 0
@@ -155,4 +153,4 @@ class Spool:
             headers[subjects.REQ_ID_HEADER] = exchange.req_id
         # An id that was used before this message came is a repeat, which the broker's window must not swallow.
         msg_id = subjects.msg_id(model, exchange.req_id if record is None else f"{exchange.req_id}:{seq}")
-        return await self._queue.put_spooled(exchange, headers | {subjects.MSG_ID_HEADER: msg_id})
+        return await self._intake.put_spooled(exchange, headers | {subjects.MSG_ID_HEADER: msg_id})

@@ -1,7 +1,7 @@
-"""One model's durable queue on this node: requests into it, and its requests through the engine, each to its end.
+"""One model's durable queue on this node: its requests through the engine, each to its end.
 
-A request is put in with one publish that the broker acknowledges. Every node that serves the model pulls from the one
-consumer, only as much as its engine has room for, and takes each message through these steps:
+What `Intake` has put in comes out here. Every node that serves the model pulls from the one consumer, only as much as
+its engine has room for, and takes each message through these steps:
 
     read → claimed in the once-book → computed → answered → written down as done → audited → acknowledged
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from engine.service import InferenceService, retry_after_s
+from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
 from infsvc.errors import (
@@ -34,21 +34,16 @@ from infsvc.errors import (
     GivenUp,
     ModelNotLoaded,
     QueueFull,
-    QueueUnavailable,
     RequestError,
-    TooLarge,
 )
-from infsvc.types import ModelState, new_req_id
+from infsvc.types import ModelState
 from transports.nats.bus import Bus
 from transports.nats.exchange import Exchange, Exchanges
-from transports.nats.jetstream import FULL, JetStream, JetStreamFault, Stored
-from transports.nats.once import OnceBook, Overtaken, Record, body_hash
+from transports.nats.jetstream import JetStream, JetStreamFault
+from transports.nats.once import OnceBook, Overtaken, Record, answer_of, body_hash
 from transports.nats.puller import Puller
 
 log = logging.getLogger("infsvc.nats")
-
-HEADERS_BYTES = 4096
-"""Room for a queued message's headers, which the broker counts too."""
 
 _AUDIT_S = 30.0
 """How long an acknowledgement waits for the audit row to be on disk."""
@@ -132,6 +127,10 @@ class WorkQueue:
         """Whether this process is at work on a request."""
         return req_id in self._claims
 
+    def look(self) -> None:
+        """Says that the broker's depth has changed."""
+        self._look.set()
+
     def wake(self) -> None:
         """Says that the engine may have room again."""
         self._puller.wake()
@@ -178,98 +177,6 @@ class WorkQueue:
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    def fits(self, exchange: Exchange) -> bool:
-        """Whether the broker takes the message a second time, with the headers of the queue."""
-        return len(exchange.data) <= self._bus.max_payload - HEADERS_BYTES
-
-    async def put(self, exchange: Exchange) -> None:
-        """Puts a request that was read into the queue; whoever takes it answers the caller.
-
-        Raises:
-            QueueFull, QueueUnavailable, TooLarge: it is not in the queue.
-            Conflict: its `req_id` is known with another body.
-        """
-        worker, settings = self.worker, self.worker.settings
-        if not self.fits(exchange):
-            raise TooLarge(self._bus.max_payload - HEADERS_BYTES)
-        if worker.n_waiting >= settings.queue_max_msgs:
-            raise self._full(worker.n_waiting)
-        headers = {
-            key: exchange.headers[key]
-            for key in (subjects.TRACE_HEADER, subjects.DEADLINE_HEADER)
-            if key in exchange.headers
-        }
-        if exchange.reply:
-            headers[subjects.REPLY_HEADER] = exchange.reply
-        if exchange.req_id is None:
-            exchange.req_id = new_req_id()
-            headers[subjects.REQ_ID_HEADER] = exchange.req_id
-        msg_id = subjects.msg_id(worker.name, exchange.req_id)
-        stored = await self._store(exchange.data, headers | {subjects.MSG_ID_HEADER: msg_id})
-        if stored.duplicate:
-            with suppress(JetStreamFault):
-                await self.book.mark(exchange.req_id)
-            await self._put_again(exchange, headers)
-        self._look.set()
-
-    async def put_spooled(self, exchange: Exchange, headers: dict[str, str]) -> bool:
-        """Puts a message of the spool into the queue; whether it was there already.
-
-        Raises:
-            RequestError: as `put`.
-            JetStreamFault: the broker cannot be asked now.
-        """
-        try:
-            stored = await self._store(exchange.data, headers)
-        except QueueUnavailable as error:
-            raise JetStreamFault(str(error)) from None
-        self._look.set()
-        return stored.duplicate
-
-    async def _put_again(self, exchange: Exchange, headers: dict[str, str]) -> None:
-        """A request whose id was used before: answered from the book if it is done, else queued behind the first."""
-        assert exchange.req_id is not None
-        with suppress(JetStreamFault):
-            record = await self.book.read(exchange.req_id)
-            if record is not None and record.state in ("running", "done") and record.body != body_hash(exchange.body):
-                raise self._conflict(exchange)
-            if record is not None and record.state == "done":
-                await self._exchanges.repeat(exchange, _answer_of(record, exchange.req_id))
-                return
-        await self._store(exchange.data, headers)
-
-    def _conflict(self, exchange: Exchange) -> Conflict:
-        error = Conflict(exchange.req_id or "")
-        self._service.refused(exchange.inference(queued=True), error)
-        return error
-
-    async def _store(self, data: bytes, headers: dict[str, str]) -> Stored:
-        """Publishes into the queue. Without an answer it is tried again: the id makes that harmless."""
-        subject = self.worker.settings.queue_subject
-        for n_left in reversed(range(_N_TRIES)):
-            again = n_left < _N_TRIES - 1
-            try:
-                stored = await self._js.publish(subject, data, headers)
-            except JetStreamFault as fault:
-                if fault.err_code == FULL:
-                    raise self._full(self.worker.settings.queue_max_msgs) from None
-                if fault.err_code == 10054 or "payload" in str(fault).lower():
-                    raise TooLarge(self._bus.max_payload - HEADERS_BYTES) from None
-                if not fault.unanswered or not n_left:
-                    raise QueueUnavailable(f"the broker did not take the request: {fault}") from None
-                await asyncio.sleep(_WAIT_LAST_S)
-            else:
-                return Stored(stored.seq, stored.duplicate and not again)
-        raise AssertionError("unreachable")
-
-    def _full(self, n_waiting: int) -> QueueFull:
-        return QueueFull(
-            model=self.worker.name,
-            n_waiting=n_waiting,
-            capacity=self.worker.settings.queue_max_msgs,
-            retry_after_s=retry_after_s(self.worker),
-        )
 
     def _room(self) -> int:
         """Messages that the engine has room for: its free slots, and half as many on their way, so that none idles."""
@@ -346,9 +253,6 @@ class WorkQueue:
         try:
             exchange.check_deadline()
             claim = await self._claim(taken)
-        except Conflict as error:
-            await self._refuse(taken, error)
-            return
         except RequestError as error:
             self._service.refused(exchange.inference(queued=True), error)
             await self._refuse(taken, error)
@@ -356,7 +260,7 @@ class WorkQueue:
         if isinstance(claim, Record):
             # Who waited for the message itself knows that its owner has answered.
             if not (taken.waits and claim.seq == taken.seq):
-                await self._exchanges.repeat(exchange, _answer_of(claim, exchange.req_id))
+                await self._exchanges.repeat(exchange, answer_of(claim, exchange.req_id))
             await self._flush()
             await self._acknowledge(taken)
             return
@@ -411,7 +315,7 @@ class WorkQueue:
             if record.state == "void":
                 continue
             if record.body != body:
-                raise self._conflict(exchange)
+                raise Conflict(req_id)
             if record.state == "done":
                 return record
             if record.state == "released" or record.owner == self._instance:
@@ -570,9 +474,3 @@ class WorkQueue:
     def _count(self) -> None:
         n_here = sum(not taken.admitted for taken in self._taken.values())
         self.worker.n_queued_durable = self._n_pending + n_here
-
-
-def _answer_of(record: Record, req_id: str) -> dict[str, object]:
-    if record.answer is not None:
-        return record.answer
-    return EngineFailed("the request was answered before, and the answer was too large to be kept").native(req_id)

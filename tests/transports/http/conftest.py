@@ -98,7 +98,7 @@ class ScriptedNode:
         self.start_time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         self.events = EventBus(self.name)
         self.stopping = asyncio.Event()
-        self.durable = SimpleNamespace(cancel=_nothing_queued)
+        self.queue_desk = SimpleNamespace(cancel=_nothing_queued)
         self.bus = SimpleNamespace(state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None))
         workers = {name: WorkerSettings(model_name=name, queue_max_msgs=3, worker_concurrency=2) for name in MODELS}
         self.audits = {name: AuditLog(folder / f"{name}.sqlite") for name in workers}

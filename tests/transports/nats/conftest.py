@@ -22,6 +22,7 @@ from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
+from transports.nats.queue_desk import QueueDesk
 
 from .fakes import FakeFleet, FakeService, FakeWorker
 
@@ -118,7 +119,8 @@ class Doors:
         service: Any = self.service
         exchanges = Exchanges(self.bus, service)
         self.durable = Durable(self.bus, fleet, service, exchanges, "test")
-        self.front_door = FrontDoor(self.bus, fleet, service, exchanges, self.durable, self.stopping)
+        self.desk = QueueDesk(self.durable, fleet, service, exchanges)
+        self.front_door = FrontDoor(self.bus, fleet, service, exchanges, self.durable, self.desk, self.stopping)
         self.heartbeats = Heartbeats(self.bus, fleet, events, "test")
 
     async def __aenter__(self) -> Doors:

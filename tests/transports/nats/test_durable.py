@@ -345,9 +345,9 @@ async def test_purge_tells_the_callers(url: str, home: Home, events: EventBus, b
     async with Doors(url, home, events, worker) as doors, client_of(url) as client:
         waiting = [asyncio.create_task(asked(client, SUBJECT, body(f"r{n}"))) for n in range(3)]
         await until(lambda: worker.n_queued_durable == 3, client)
-        [shown] = await doors.durable.overview()
+        [shown] = await doors.desk.overview()
         assert (shown["model"], shown["waiting"], shown["capacity"], shown["durable"]) == ("demo", 3, 2000, True)
-        assert await doors.durable.purge("demo") == 3
+        assert await doors.desk.purge("demo") == 3
         assert {answer["code"] for answer in await asyncio.gather(*waiting)} == {"removed"}
         await emptied(client)
 
@@ -363,7 +363,7 @@ async def test_cancel_reaches_what_still_waits_in_the_broker(
         assert await asked(client, subjects.CANCEL, {"req_id": "two"}) == {"req_id": "two", "cancelled": True}
         assert (await waiting["two"])["finish_reason"] == "cancelled"
         assert [request.req_id for request in doors.service.withdrawals] == ["two"]
-        assert not await doors.durable.cancel("two")
+        assert not await doors.desk.cancel("two")
         worker.move(ModelState.READY)
         assert {(await waiting[name])["text"] for name in ("one", "three")} == {"echo: x"}
         assert sorted(request.req_id for request in doors.service.requests) == ["one", "three"]
@@ -426,7 +426,7 @@ async def test_a_broker_without_jetstream_serves_who_waits_and_says_what_it_cann
             assert (await told(answers))["code"] == "queue_unavailable"
         assert "JetStream is switched off" in (doors.bus.state.reason or "")
         assert (doors.bus.state.status, len(doors.service.requests)) == ("connected", 2)
-        [shown] = await doors.durable.overview()
+        [shown] = await doors.desk.overview()
         assert not shown["durable"]
 
 

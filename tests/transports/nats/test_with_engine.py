@@ -23,6 +23,7 @@ from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
+from transports.nats.queue_desk import QueueDesk
 
 from .conftest import asked, broker_is, client_of, happened, told
 
@@ -63,7 +64,8 @@ async def client(url: str, home: Home, events: EventBus, fleet: Fleet) -> AsyncI
     async with AsyncExitStack() as exits:
         exchanges = Exchanges(bus, service)
         durable = Durable(bus, fleet, service, exchanges, "test")
-        door = FrontDoor(bus, fleet, service, exchanges, durable, asyncio.Event())
+        desk = QueueDesk(durable, fleet, service, exchanges)
+        door = FrontDoor(bus, fleet, service, exchanges, durable, desk, asyncio.Event())
         for part in (bus, durable, door, Heartbeats(bus, fleet, events, "test")):
             await part.start()
             exits.push_async_callback(part.close)
