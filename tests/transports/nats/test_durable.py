@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
 from asyncio.subprocess import DEVNULL, create_subprocess_exec
 from collections.abc import AsyncIterator
@@ -486,6 +488,31 @@ async def test_the_broker_restarts_in_the_middle_and_nothing_runs_twice(
         doors.service.live["r"].let_go()
         assert (await told(answers))["text"] == "done"
         await emptied(client)
+    assert len(doors.service.requests) == 1
+
+
+async def test_an_answer_that_a_dying_broker_has_not_read_is_sent_again(
+    doors: Doors, url: str, events: EventBus
+) -> None:
+    doors.service.script = texts("done", hold=True)
+    async with client_of(url) as client:
+        # So that no answer is missed while this test is without a broker itself.
+        await client.jetstream().add_stream(name="ANSWERS", subjects=["inference.reply.>"])
+        await client.jetstream().publish(QUEUE, body("r"))
+        await doors.service.submitted.wait()
+    embedded = doors.bus._broker
+    assert embedded is not None
+    assert embedded.pid is not None
+    os.kill(embedded.pid, signal.SIGSTOP)
+    doors.service.live["r"].let_go()
+    await doors.service.live["r"].result()
+    await asyncio.sleep(0.1)  # the answer is in the buffers of a socket by now
+    os.kill(embedded.pid, signal.SIGKILL)
+    await broker_is(events, "down")
+    await broker_is(events, "connected", replay=False)
+    async with client_of(url) as client:
+        await emptied(client)
+        assert await left(client, "ANSWERS") >= 1
     assert len(doors.service.requests) == 1
 
 
