@@ -87,13 +87,14 @@ async def test_a_repeat_gets_the_same_answer_and_is_not_computed(doors: Doors, c
         await client.jetstream().publish(QUEUE, body("r1", reply_to="copies.two", input="y"))
         assert (await told(copies))["code"] == "req_id_conflict"
     assert len(doors.service.requests) == 1
+    await emptied(client)
+    # The spool has seen all of them, and made no further repeat of any.
     assert [answer for _, answer in doors.service.repeats] == [first, first]
     other = await asked(client, SUBJECT, body("r1", input="y"))
     assert (other["status"], other["code"], other["param"]) == (409, "req_id_conflict", "req_id")
     assert isinstance(doors.service.refusals[0][1], Conflict)
     assert len(doors.service.requests) == 1
     await emptied(client)
-    # The spool has seen all of them, and made no further repeat of any.
     assert (len(doors.service.repeats), len(doors.service.refusals)) == (2, 2)
 
 
