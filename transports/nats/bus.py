@@ -172,14 +172,14 @@ class Bus:
             self._set("connected", embedded=self.state.embedded, reason=reason)
         self._remark = reason
 
-    async def publish(self, subject: str, payload: bytes) -> bool:
+    async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> bool:
         """Sends a message; whether the connection took it. Never raises, never waits longer than two seconds."""
         nc = self.nc
         if nc is None or not nc.is_connected:
             return False
         try:
             async with asyncio.timeout(_SEND_S):
-                await nc.publish(subject, payload)
+                await nc.publish(subject, payload, reply=reply)
         except (NatsError, OSError, TimeoutError) as error:
             log.debug(
                 "nothing was sent to %s: %s", subject, error or type(error).__name__, extra={"code": "broker.error"}

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from engine.generation import Generation
 from engine.service import InferenceRequest, InferenceService
@@ -20,11 +23,14 @@ from engine.worker import Worker
 from infsvc import subjects
 from infsvc.errors import BadRequest, DeadlineExceeded, RequestError
 from infsvc.types import CompletionChunk, CompletionRequest
-from transports.nats.bus import Bus
+from transports.nats.bus import Bus, bounded
 from transports.nats.jetstream import Kept
 from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
 
 log = logging.getLogger("infsvc.nats")
+
+NO_RESPONDERS = "503"
+"""What the broker says to a message with a reply subject that nobody is there to receive."""
 
 _RESEND_S = 0.2
 _N_SENDS = 3
@@ -137,16 +143,40 @@ class Exchanges:
         async with await self._service.submit(inference) as generation:
             exchange.generation = generation
             if exchange.request.stream and exchange.reply:
-                await self._stream(generation, exchange.reply)
+                # A request with an id is finished all the same: its caller may come back and ask for it.
+                may_stop = exchange.request.req_id is None and exchange.targets == [exchange.reply]
+                async with self._watching(generation) if may_stop else nullcontext("") as watch:
+                    await self._stream(generation, exchange.reply, watch)
                 return (await generation.result()).wire() | {"done": True}
             return (await generation.result()).wire()
 
-    async def _stream(self, generation: Generation, subject: str) -> None:
+    @asynccontextmanager
+    async def _watching(self, generation: Generation) -> AsyncIterator[str]:
+        """A reply subject for chunks, on which the broker says so when nobody listens to them any more: then nobody is
+        computed for."""
+        nc = self._bus.nc
+
+        async def told(message: Msg) -> None:
+            if (message.headers or {}).get("Status") == NO_RESPONDERS:
+                generation.cancel()
+
+        watch, subscription = "", None
+        if nc is not None:
+            with suppress(NatsError):
+                watch = nc.new_inbox()
+                subscription = await nc.subscribe(watch, cb=told)
+        try:
+            yield watch
+        finally:
+            if nc is not None and subscription is not None and not nc.is_closed:
+                await bounded(subscription.unsubscribe(), _RESEND_S)
+
+    async def _stream(self, generation: Generation, subject: str, watch: str) -> None:
         index = 0
         async for chunk in generation:
             if chunk.text:
                 event = CompletionChunk(req_id=generation.req_id, index=index, text=chunk.text)
-                await self._bus.publish(subject, encode(event.model_dump()))
+                await self._bus.publish(subject, encode(event.model_dump()), reply=watch)
                 index += 1
 
     async def repeat(self, exchange: Exchange, answer: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ bounded outbox that one task empties, and what finds no connection is dropped, s
 | `models.<m>.heartbeat` | every 30 s, on a change of state, on a fresh connection |
 | `<MONITORING_TOPIC>.<m>` | every 1 s while work waits or runs, once when it has ended, every 10 s idle |
 | `monitoring.aggregate` | the same, for all models of the node |
-| `monitoring.alerts` | a level's rise to critical, a failed model |
+| `monitoring.alerts` | a level's rise to critical, a failed model; `durable` adds dead letters and a broker's faults |
 """
 
 from __future__ import annotations

@@ -130,6 +130,8 @@ class FakeGeneration:
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         for index, text in enumerate(self._texts):
+            if self.cancelled:
+                break
             yield Chunk(index, text, "")
             await asyncio.sleep(0)
         await self.result()

@@ -86,6 +86,15 @@ async def test_a_stream_comes_in_order_and_ends_with_the_reply(doors: Doors, cli
     assert final["finish_reason"] == "stop"
 
 
+async def test_a_stream_stops_when_its_reader_leaves(doors: Doors, url: str) -> None:
+    doors.service.script = lambda request: FakeGeneration(request, ["x"] * 1_000_000)
+    async with client_of(url) as reader, listening(reader, "answers.here") as answers:
+        await reader.publish(SUBJECT, b'{"input": "count", "stream": true}', reply="answers.here")
+        assert (await told(answers))["text"] == "x"
+    async with client_of(url) as client:
+        await until(lambda: any(each.cancelled for each in doors.service.live.values()), client)
+
+
 async def test_reply_to_gets_a_copy_of_the_final_answer_only(doors: Doors, client: Client) -> None:
     doors.service.script = texts("a", "b")
     async with listening(client, "copies") as copies, listening(client, "answers.here") as answers:
