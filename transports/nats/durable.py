@@ -216,6 +216,8 @@ class Durable:
             await self.js.call("INFO")
             await self.dead.prepare()
         except JetStreamFault as fault:
+            if self._bus.nc is None or not self._bus.nc.is_connected:
+                return False
             reason = f"the durable queue is off: {fault}"
             if self._off != reason:
                 self._off = reason
@@ -290,21 +292,24 @@ class Durable:
         while True:
             try:
                 lane.spools = await self._have_streams(lane.worker)
-                lane.problem, lane.made = None, True
-                lane.ready.set()
+                lane.made = True
+                self._judge(lane, None)
                 runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
                 await _all(*runs, self._look_for_foreign(lane.worker))
             except (JetStreamFault, ConsumerGone, NatsError) as error:
                 words = f"the queue of {lane.worker.name} cannot be used: {error}"
                 if lane.problem != words:
                     log.warning("%s", words, extra={"code": "queue.failed", "model": lane.worker.name})
-                lane.problem = words
-                lane.ready.set()
+                self._judge(lane, words)
             except Exception:
                 log.exception("a queue broke", extra={"code": "queue.failed", "model": lane.worker.name})
-                lane.problem = "the node failed"
-                lane.ready.set()
+                self._judge(lane, f"the queue of {lane.worker.name} broke: see the log")
             await asyncio.sleep(_RETRY_S)
+
+    def _judge(self, lane: _Lane, problem: str | None) -> None:
+        lane.problem = problem
+        lane.ready.set()
+        self._remark()
 
     async def _have_streams(self, worker: Worker) -> bool:
         """Makes a model's streams and consumers; whether the spool is among them."""
@@ -357,6 +362,7 @@ class Durable:
     def _remark(self) -> None:
         """What the bus says beside `connected`."""
         words = [self._off] if self._off is not None else []
+        words += [lane.problem for lane in self._lanes.values() if lane.problem is not None and lane.task is not None]
         words += [self._foreign_words(model, names) for model, names in self._foreign.items() if names]
         self._bus.remark("; ".join(words) or None)
 

@@ -526,3 +526,16 @@ def test_a_repeat_is_known_by_its_body_apart_from_reply_to() -> None:
     one = body_hash({"req_id": "r", "input": "x", "params": {"seed": 1, "top_k": 2}})
     assert one == body_hash({"params": {"top_k": 2, "seed": 1}, "input": "x", "req_id": "r", "reply_to": "a"})
     assert one != body_hash({"req_id": "r", "input": "x", "params": {"seed": 2, "top_k": 2}})
+
+
+async def test_a_stream_of_the_queues_name_that_is_none_of_ours_is_told(
+    url: str, home: Home, broker: EmbeddedBroker
+) -> None:
+    async with client_of(url) as client:
+        await client.jetstream().add_stream(name=STREAM, subjects=["orders"])
+        async with node(url, home) as doors:
+            assert (await asked(client, SUBJECT, body()))["text"] == "echo: x"
+            assert "the queue of demo cannot be used" in (doors.bus.state.reason or "")
+            async with listening(client, "inference.reply.r") as answers:
+                await client.publish(SUBJECT, body("r"))
+                assert (await told(answers))["code"] == "queue_unavailable"
