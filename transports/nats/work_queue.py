@@ -139,16 +139,16 @@ class WorkQueue:
     async def run(self, nc: Client) -> None:
         """Serves the queue over one connection until it is cancelled; raises `ConsumerGone`."""
         self._look.set()
-        helpers = [
+        watchers = [
             asyncio.create_task(self._keep_alive(), name=f"queue-alive-{self.worker.name}"),
             asyncio.create_task(self._watch_depth(), name=f"queue-depth-{self.worker.name}"),
         ]
         try:
             await self._puller.run(nc)
         finally:
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
 
     async def hand_over(self) -> None:
         """Takes no more messages and gives back, at once, those that no slot works on; the others go on."""
