@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 @dataclass
 class EngineCounters:
-    """What the engine did since it was loaded. Written by its thread, read by anyone."""
+    """What the engine did since it was loaded. Written by its thread, read by anyone.
+
+    Attributes:
+        n_cached_tokens: prompt tokens that did not have to be read, because an earlier reading was still there.
+        n_prefix_hits: prompts that began with such tokens.
+        n_prefix_refused: prompts whose beginning was known, and could not all be taken over for `prefix_reuse`'s sake.
+        n_states_saved, n_states_restored: of the store of states.
+        store_bytes: what the store holds now.
+        prefix_reuse: what of an earlier reading this model can go on from.
+    """
 
     n_steps: int = 0
     n_decode_tokens: int = 0
@@ -17,6 +26,13 @@ class EngineCounters:
     max_batch_sequences: int = 0
     n_finished: int = 0
     n_cancelled: int = 0
+    n_cached_tokens: int = 0
+    n_prefix_hits: int = 0
+    n_prefix_refused: int = 0
+    n_states_saved: int = 0
+    n_states_restored: int = 0
+    store_bytes: int = 0
+    prefix_reuse: str = "off"
 
     @property
     def mean_batch_sequences(self) -> float:

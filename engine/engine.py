@@ -19,6 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.counters import EngineCounters
 from engine.llama import (
     DECODE_ABORTED,
@@ -30,6 +33,7 @@ from engine.llama import (
     supports_gpu,
 )
 from engine.penalties import Penalties
+from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
 from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
 from infsvc.errors import LlamaError, LoadError
@@ -48,6 +52,7 @@ class EngineOptions:
         n_gpu_layers: −1 for all that a GPU build can take.
         use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
         flash_attention: whether it is the faster way on this CPU (likewise); on a GPU it always is.
+        prefix_cache_bytes: of the store of states that no slot holds any more; 0 to share nothing at all.
     """
 
     path: Path
@@ -57,6 +62,7 @@ class EngineOptions:
     n_gpu_layers: int = -1
     use_extra_bufts: bool = True
     flash_attention: bool = False
+    prefix_cache_bytes: int = 2**28
 
 
 class Engine:
@@ -93,6 +99,9 @@ class Engine:
         self._died: str | None = None
         self._model: LlamaModel | None = None
         self._context: LlamaContext | None = None
+        self._prefixes: PrefixCache
+        self._may_abort = True
+        self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
         self._outbox: list[SequenceEvent] = []
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
@@ -125,7 +134,7 @@ class Engine:
         """Ends a sequence between two steps, or in the middle of one when nobody else is in the batch."""
         sequence.cancelled = True
         context = self._context
-        if context is not None and self._running and all(each.cancelled for each in self._running):
+        if context is not None and self._may_abort and self._running and all(each.cancelled for each in self._running):
             context.abort()
         self._inbox.put(None)
 
@@ -155,7 +164,10 @@ class Engine:
                 self._died = str(error) if known else f"the load failed: {error}"
                 self.loaded.set_exception(error if known else LoadError(self._died))
                 return
-            scheduler = Scheduler(n_slots=self.options.n_slots, n_batch=min(context.n_batch, N_BATCH))
+            self._prefixes = self._open_prefixes(context)
+            scheduler = Scheduler(
+                n_slots=self.options.n_slots, n_batch=min(context.n_batch, N_BATCH), prefixes=self._prefixes
+            )
             self.loaded.set_result(None)
             while not self._closing.is_set():
                 self._step(context, batch, scheduler)
@@ -207,7 +219,28 @@ class Engine:
             flash_attention=on_gpu or options.flash_attention,
         )
         self._context = context
+        # A recurrent state has no way back to before a batch that was aborted half way.
+        self._may_abort = not model.has_recurrence
         return context, Batch(N_BATCH, options.n_slots)
+
+    def _open_prefixes(self, context: LlamaContext) -> PrefixCache:
+        model, budget = self.model, self.options.prefix_cache_bytes
+        if not budget:
+            reuse = Reuse(ReuseRule.OFF)
+        elif model.has_recurrence:
+            reuse = Reuse(ReuseRule.ENDS)
+        elif model.n_window:
+            reuse = Reuse(ReuseRule.WINDOW, model.n_window)
+        else:
+            reuse = Reuse(ReuseRule.ANYWHERE)
+        self.counters.prefix_reuse = reuse.rule.value
+        return PrefixCache(
+            n_slots=self.options.n_slots,
+            n_ctx=context.n_ctx,
+            reuse=reuse,
+            budget_bytes=budget,
+            first_position=context.first_position,
+        )
 
     def _step(self, context: LlamaContext, batch: Batch, scheduler: Scheduler) -> None:
         """One turn: drain the inbox, drop the cancelled, admit, decode one batch, sample, deliver."""
@@ -217,8 +250,12 @@ class Engine:
             return
         for sequence in scheduler.cancelled():
             self._finish(context, scheduler, sequence, "cancelled")
-        for sequence in scheduler.admit():
-            self._begin(sequence)
+        self._snapshots.clear()
+        while (follower := scheduler.rejoin()) is not None:
+            self._take_over(context, follower)
+        while (newcomer := scheduler.admit_one()) is not None:
+            self._begin(newcomer)
+            self._take_over(context, newcomer)
         self._running = tuple(scheduler.running)
         shares = scheduler.schedule()
         if shares:
@@ -258,11 +295,73 @@ class Engine:
                 sequence.penalties.accept(token)
         self._outbox.append(SequenceStarted(sequence, time.perf_counter(), sequence.slot))
 
+    def _take_over(self, context: LlamaContext, sequence: Sequence) -> None:
+        """Puts into the sequence's slot what its plan found of its beginning, and nothing else."""
+        plan, prefixes, counters = sequence.plan, self._prefixes, self.counters
+        if plan is None or plan.source is Source.AWAITED:
+            return
+        sequence.plan = None
+        slot = sequence.slot
+        if plan.source is not Source.HELD:
+            self._keep(context, slot, 0)
+            blob, tokens = None, sequence.ids
+            if plan.source is Source.COPIED:
+                blob = self._snapshot(context, plan.from_slot)
+                tokens = prefixes.held(plan.from_slot)
+            elif plan.state is not None:
+                blob, tokens = plan.state.blob, plan.state.tokens
+                prefixes.store.touch(plan.state)
+                counters.n_states_restored += 1
+            begun = time.perf_counter()
+            if blob is not None and context.restore(slot, blob):
+                prefixes.copied(slot, tokens)
+                prefixes.costs.moved(len(tokens), time.perf_counter() - begun)
+        else:
+            self._keep(context, slot, plan.n)
+        n = min(plan.n, prefixes.n_held(slot))
+        if prefixes.n_held(slot) > n and (n == 0 or not context.cut(slot, n)):
+            context.forget(slot)
+            n = 0
+        prefixes.cut(slot, n)
+        sequence.n_past = sequence.n_cached = n
+        counters.n_cached_tokens += n
+        counters.n_prefix_hits += n > 0
+        counters.n_prefix_refused += plan.n_refused > 0
+        if prefixes.reuse.rule is ReuseRule.ENDS:
+            # For the same prompt again, and for those that go on from it.
+            sequence.marks = [sequence.n_prompt - 1]
+        if plan.n_refused:
+            # Others will begin like this too: the next one finds the state where the prompts part.
+            sequence.marks = [plan.n + plan.n_refused, *sequence.marks]
+        sequence.marks = [mark for mark in sequence.marks if mark >= MIN_SAVED and mark > n]
+
+    def _snapshot(self, context: LlamaContext, slot: int) -> npt.NDArray[np.uint8]:
+        """A slot's state, taken once for all who copy it before the next decode."""
+        found = self._snapshots.get(slot)
+        if found is None:
+            begun = time.perf_counter()
+            found = self._snapshots[slot] = context.save(slot)
+            self._prefixes.costs.moved(self._prefixes.n_held(slot), time.perf_counter() - begun)
+        return found
+
+    def _keep(self, context: LlamaContext, slot: int, n_kept: int) -> None:
+        """Saves a slot's state if more than is worth its memory would be lost beyond the first `n_kept` tokens."""
+        if self._prefixes.worth_saving(slot, n_kept):
+            self._save(context, slot)
+        self._snapshots.pop(slot, None)
+
+    def _save(self, context: LlamaContext, slot: int) -> None:
+        prefixes = self._prefixes
+        prefixes.save(slot, self._snapshot(context, slot))
+        self.counters.n_states_saved += 1
+        self.counters.store_bytes = prefixes.store.n_bytes
+
     def _decode(self, context: LlamaContext, batch: Batch, scheduler: Scheduler, shares: list[Share]) -> None:
         batch.clear()
         positions = [
             batch.add(share.tokens, start=share.start, slot=share.sequence.slot, draws=share.draws) for share in shares
         ]
+        begun = time.perf_counter()
         rc = context.decode(batch)
         if rc == DECODE_ABORTED:
             # Nothing of an aborted batch is kept and no sequence has moved on: the next step drops the cancelled and
@@ -274,12 +373,19 @@ class Engine:
         counters = self.counters
         counters.n_steps += 1
         now = time.perf_counter()
+        prefixes = self._prefixes
+        if shares[0].sequence.state is SequenceState.PREFILL:  # those who decode come first
+            prefixes.costs.read(batch.n, now - begun)
+        self._snapshots.clear()
         n_drawing = 0
         for share, position in zip(shares, positions, strict=True):
             sequence = share.sequence
             sequence.n_past += len(share.tokens)
+            prefixes.note(sequence.slot, share.start, share.tokens)
             if sequence.state is SequenceState.PREFILL:
                 counters.n_prefill_tokens += len(share.tokens)
+                if sequence.n_past in sequence.marks and not prefixes.is_stored(sequence.slot):
+                    self._save(context, sequence.slot)
             if share.draws:
                 n_drawing += 1
                 self._draw(context, scheduler, sequence, position, now)
@@ -296,6 +402,7 @@ class Engine:
             )
         elif youngest.n_drawn == 0:
             context.forget(youngest.slot)
+            self._prefixes.cut(youngest.slot, 0)
             scheduler.requeue(youngest)
         else:
             self._finish(context, scheduler, youngest, "length")
@@ -342,14 +449,19 @@ class Engine:
         error: str | None = None,
     ) -> None:
         if sequence.slot >= 0:
-            context.forget(sequence.slot)
+            if reason == "error" or self._prefixes.reuse.rule is ReuseRule.OFF:
+                context.forget(sequence.slot)
+                self._prefixes.cut(sequence.slot, 0)
+            self._prefixes.left(sequence.slot)
         scheduler.remove(sequence)
         if sequence.chain is not None:
             sequence.chain.close()
         self.counters.n_finished += 1
         self.counters.n_cancelled += reason == "cancelled"
         rest = sequence.assembler.finish() if reason != "error" else ""
-        self._outbox.append(SequenceFinished(sequence, time.perf_counter(), rest, reason, error))
+        self._outbox.append(
+            SequenceFinished(sequence, time.perf_counter(), rest, reason, error, n_cached=sequence.n_cached)
+        )
 
     def _end_all(self, scheduler: Scheduler | None) -> None:
         """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half
@@ -378,7 +490,7 @@ class Engine:
         sequence.state, sequence.slot = SequenceState.FINISHED, -1
         rest = sequence.assembler.finish() if self._died is None else ""
         reason = "cancelled" if self._died is None else "error"
-        return SequenceFinished(sequence, time.perf_counter(), rest, reason, self._died)
+        return SequenceFinished(sequence, time.perf_counter(), rest, reason, self._died, n_cached=sequence.n_cached)
 
     def _deliver(self) -> None:
         if self._outbox:

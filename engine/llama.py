@@ -134,7 +134,7 @@ class LlamaModel:
         Raises:
             LoadError: the file is not a model that llama.cpp knows, or the load was stopped.
         """
-        read_model_info(path)  # what it refuses, such as a model of no layers, llama.cpp may abort on
+        self.info = read_model_info(path)  # what it refuses, such as a model of no layers, llama.cpp may abort on
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = use_extra_bufts
@@ -163,6 +163,12 @@ class LlamaModel:
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._handle)
         self.has_decoder: bool = bool(lib.llama_model_has_decoder(self._handle))
         self.has_encoder: bool = bool(lib.llama_model_has_encoder(self._handle))
+        self.n_window: int = lib.llama_model_n_swa(self._handle)
+        """Tokens of sliding window; 0 for full attention."""
+        self.has_recurrence: bool = bool(
+            lib.llama_model_is_recurrent(self._handle) or lib.llama_model_is_hybrid(self._handle)
+        )
+        """Whether a sequence's state holds what cannot be cut."""
         self.adds_bos: bool = bool(lib.llama_vocab_get_add_bos(self._vocab))
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.eos: int = lib.llama_vocab_eos(self._vocab)
@@ -411,9 +417,47 @@ class LlamaContext:
 
     def forget(self, slot: int) -> None:
         """Empties a slot's KV cache."""
+        self._check(slot)
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+
+    def cut(self, slot: int, n: int) -> bool:
+        """Drops a slot's tokens from position `n` on; False when this kind of memory cannot, and nothing is
+        changed."""
+        self._check(slot)
+        return bool(lib.llama_memory_seq_rm(self._memory, slot, n, -1))
+
+    def first_position(self, slot: int) -> int:
+        """The first position whose cells a slot still holds: over 0 once a sliding window has moved on; −1 when it is
+        empty."""
+        self._check(slot)
+        return int(lib.llama_memory_seq_pos_min(self._memory, slot))
+
+    def save(self, slot: int) -> npt.NDArray[np.uint8]:
+        """A slot's whole state as bytes, in llama.cpp's form; its size follows the tokens held, not the context.
+
+        The way from slot to slot too: `llama_memory_seq_cp` copies every cell of the context, is put off to the next
+        decode, where it may come too late for what was written meanwhile, and has the graph built anew.
+        """
+        self._check(slot)
+        blob = np.empty(int(lib.llama_state_seq_get_size(self.handle, slot)), dtype=np.uint8)
+        address = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if int(lib.llama_state_seq_get_data(self.handle, address, blob.nbytes, slot)) != blob.nbytes:
+            raise LlamaError(f"the state of slot {slot} cannot be read: the log's lines of `llama` say why")
+        return blob
+
+    def restore(self, slot: int, blob: npt.NDArray[np.uint8]) -> bool:
+        """Replaces a slot's state by one that `save` of this context gave; False when it cannot, and the slot is
+        empty."""
+        self._check(slot)
+        address = blob.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if int(lib.llama_state_seq_set_data(self.handle, address, blob.nbytes, slot)) == blob.nbytes:
+            return True
+        self.forget(slot)
+        return False
+
+    def _check(self, slot: int) -> None:
         if not 0 <= slot < self._n_slots or not self.handle:
             raise LlamaError(f"no slot {slot}")
-        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
 
 
 class SamplerChain:

@@ -3,6 +3,9 @@
 Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while
 anyone decodes (so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in
 order of admission. Where more decode than a batch holds, they take turns.
+
+A sequence whose beginning is being read by an earlier one (its leader) has a slot and waits in it: the leader's batch
+ends where the two prompts part, and the follower goes on from a copy. N prompts with one beginning read it once.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from engine.prefix_cache import Plan, PrefixCache, Source
 from engine.sequence import Sequence, SequenceState
 
 N_BATCH = 512
@@ -27,9 +31,16 @@ class Share:
 
 
 class Scheduler:
-    """Slots and queues of one engine. Engine thread only."""
+    """Slots and queues of one engine. Engine thread only.
 
-    def __init__(self, *, n_slots: int, n_batch: int, n_prefill_beside: int = 128) -> None:
+    Args:
+        prefixes: says which slot suits a prompt; without it nothing is shared.
+    """
+
+    def __init__(
+        self, *, n_slots: int, n_batch: int, n_prefill_beside: int = 128, prefixes: PrefixCache | None = None
+    ) -> None:
+        self._prefixes = prefixes
         self._n_batch = n_batch
         self._n_prefill_beside = n_prefill_beside
         self._free = list(range(n_slots - 1, -1, -1))
@@ -49,16 +60,52 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Gives free slots to those who wait; returns who got one."""
         admitted: list[Sequence] = []
-        if self._held and self.running:
-            return admitted
-        self._held = False
-        while self._free and self.waiting:
-            sequence = self.waiting.pop(0)
-            sequence.slot = self._free.pop()
-            sequence.state = SequenceState.PREFILL
-            self.running.append(sequence)
+        while (sequence := self.admit_one()) is not None:
             admitted.append(sequence)
         return admitted
+
+    def admit_one(self) -> Sequence | None:
+        """Gives a free slot to the first that waits, with a plan for its beginning; None when nobody can have one.
+
+        The plan is to be carried out before the next is made, which counts on it.
+        """
+        if (self._held and self.running) or not self._free or not self.waiting:
+            return None
+        self._held = False
+        sequence = self.waiting.pop(0)
+        plan = Plan(self._free[-1])
+        if self._prefixes is not None:
+            plan = self._prefixes.plan(sequence.ids, free=self._free, earlier=self.running)
+        self._free.remove(plan.slot)
+        sequence.slot = plan.slot
+        sequence.state = SequenceState.PREFILL
+        self._follow(sequence, plan)
+        self.running.append(sequence)
+        return sequence
+
+    def rejoin(self) -> Sequence | None:
+        """A follower whose leader has read what they share, or has left, with a new plan; None when all must wait.
+
+        The plan is to be carried out before the next is made. The first that runs has no leader, so somebody always
+        reads.
+        """
+        for at, sequence in enumerate(self.running):
+            leader = sequence.leader
+            if leader is None or (
+                leader.slot >= 0 and leader.state is SequenceState.PREFILL and leader.n_past < sequence.fork
+            ):
+                continue
+            assert self._prefixes is not None
+            plan = self._prefixes.plan(sequence.ids, free=[sequence.slot], earlier=self.running[:at])
+            self._follow(sequence, plan)
+            return sequence
+        return None
+
+    @staticmethod
+    def _follow(sequence: Sequence, plan: Plan) -> None:
+        sequence.plan = plan
+        sequence.leader = plan.leader
+        sequence.fork = plan.n if plan.source is Source.AWAITED else 0
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its slot."""
@@ -66,6 +113,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._free.append(sequence.slot)
             sequence.slot = -1
+            sequence.leader = sequence.plan = None
             self._held = False
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -80,6 +128,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free.append(sequence.slot)
         sequence.slot, sequence.n_past, sequence.state = -1, 0, SequenceState.WAITING
+        sequence.leader = sequence.plan = None
         self.add(sequence)
 
     def cancelled(self) -> list[Sequence]:
@@ -97,12 +146,15 @@ class Scheduler:
         budget = self._n_batch - len(shares)
         if shares:
             budget = min(budget, self._n_prefill_beside)
+        forks = [(sequence.leader, sequence.fork) for sequence in self.running if sequence.leader is not None]
         for sequence in self.running:
             if budget <= 0:
                 break
-            if sequence.state is not SequenceState.PREFILL:
+            if sequence.state is not SequenceState.PREFILL or sequence.leader is not None:
                 continue
-            end = min(sequence.n_past + budget, sequence.n_prompt)
+            stops = [fork for leader, fork in forks if leader is sequence] + sequence.marks
+            ahead = [stop for stop in stops if stop > sequence.n_past]
+            end = min(sequence.n_past + budget, sequence.n_prompt, *ahead)
             tokens = sequence.prompt[sequence.n_past : end]
             shares.append(Share(sequence, tokens, sequence.n_past, end == sequence.n_prompt))
             budget -= len(tokens)

@@ -10,10 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.output import TextAssembler
 from engine.sampling import SamplerSpec
+
+if TYPE_CHECKING:
+    from engine.prefix_cache import Plan
 
 _arrivals = itertools.count()
 
@@ -36,6 +42,10 @@ class Sequence:
         special: whether control tokens are shown as text (raw mode).
         listener: called on the loop's thread with each event of this sequence.
         priority: a higher one is admitted earlier.
+        ids: the prompt as an array, for comparing.
+        n_cached: tokens of the prompt that were taken over from an earlier reading.
+        leader: a sequence that is reading what this one begins with; it is waited for until it has read `fork` tokens.
+        marks: positions at which a batch of this prompt must end, because the state there is kept.
     """
 
     prompt: list[int]
@@ -53,15 +63,22 @@ class Sequence:
     slot: int = -1
     n_past: int = 0
     n_drawn: int = 0
+    n_cached: int = 0
     last_token: int = -1
+    leader: Sequence | None = None
+    fork: int = 0
+    plan: Plan | None = None
+    marks: list[int] = field(default_factory=list)
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted_s: float = field(default_factory=time.perf_counter)
     assembler: TextAssembler = field(init=False)
+    ids: npt.NDArray[np.int32] = field(init=False)
     chain: Any = None
     penalties: Any = None
 
     def __post_init__(self) -> None:
         self.assembler = TextAssembler(self.stop)
+        self.ids = np.array(self.prompt, dtype=np.int32)
 
     @property
     def n_prompt(self) -> int:
@@ -97,8 +114,10 @@ class TokenEmitted(SequenceEvent):
 
 @dataclass(frozen=True, slots=True)
 class SequenceFinished(SequenceEvent):
-    """The last event. `text` is what was still held back; `error` says why for `reason` "error"."""
+    """The last event. `text` is what was still held back; `error` says why for `reason` "error"; `n_cached` tokens of
+    the prompt had been read before."""
 
     text: str
     reason: str
     error: str | None = None
+    n_cached: int = 0
