@@ -53,6 +53,8 @@ class EngineOptions:
         use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
         flash_attention: whether it is the faster way on this CPU (likewise); on a GPU it always is.
         prefix_cache_bytes: of the store of states that no slot holds any more; 0 to share nothing at all.
+        share_prefixes: whether a prompt may go on from what was read before.
+        prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class EngineOptions:
     n_gpu_layers: int = -1
     use_extra_bufts: bool = True
     flash_attention: bool = False
+    share_prefixes: bool = True
     prefix_cache_bytes: int = 2**28
 
 
@@ -224,8 +227,8 @@ class Engine:
         return context, Batch(N_BATCH, options.n_slots)
 
     def _open_prefixes(self, context: LlamaContext) -> PrefixCache:
-        model, budget = self.model, self.options.prefix_cache_bytes
-        if not budget:
+        model = self.model
+        if not self.options.share_prefixes:
             reuse = Reuse(ReuseRule.OFF)
         elif model.has_recurrence:
             reuse = Reuse(ReuseRule.ENDS)
@@ -238,7 +241,7 @@ class Engine:
             n_slots=self.options.n_slots,
             n_ctx=context.n_ctx,
             reuse=reuse,
-            budget_bytes=budget,
+            budget_bytes=self.options.prefix_cache_bytes,
             first_position=context.first_position,
         )
 
@@ -333,7 +336,8 @@ class Engine:
         if plan.n_refused:
             # Others will begin like this too: the next one finds the state where the prompts part.
             sequence.marks = [plan.n + plan.n_refused, *sequence.marks]
-        sequence.marks = [mark for mark in sequence.marks if mark >= MIN_SAVED and mark > n]
+        keeps = prefixes.store.budget_bytes > 0
+        sequence.marks = [mark for mark in sequence.marks if keeps and mark >= MIN_SAVED and mark > n]
 
     def _snapshot(self, context: LlamaContext, slot: int) -> npt.NDArray[np.uint8]:
         """A slot's state, taken once for all who copy it before the next decode."""

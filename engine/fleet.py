@@ -260,8 +260,8 @@ class Fleet:
                 raise NoSource(worker.settings.model_path)
             info = await self._header(worker)
             worker.learn(info)
-            self._check(worker, info, force=force or worker.name in self._forced)
-            await self._start_engine(worker, info)
+            cache_bytes = self._check(worker, info, force=force or worker.name in self._forced)
+            await self._start_engine(worker, info, cache_bytes)
         except LoadError as error:
             self._not_loaded(worker, str(error))
         except Exception as error:
@@ -319,21 +319,25 @@ class Fleet:
         else:
             self._failed(worker, reason)
 
-    def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> None:
+    def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> int:
+        """Reserves the memory; returns how much of it the store of states may have."""
         if not worker.has(Capability.TEXT_GENERATION):
             raise LoadError("an embedding model, and embeddings are not served by this version")
         need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
+        cache_bytes = worker.settings.prefix_cache_mb * 2**20
         if not force:
             pending = (n for name, n in self._reserved_bytes.items() if self.workers[name].state is ModelState.LOADING)
-            memory_fit.check(
+            left = memory_fit.check(
                 need,
                 limit_bytes=self._memory_limit_bytes,
                 used_bytes=sum(self._reserved_bytes.values()),
                 pending_bytes=sum(pending),
             )
-        self._reserved_bytes[worker.name] = need.total_bytes
+            cache_bytes = memory_fit.prefix_cache_bytes(worker.settings.prefix_cache_mb, left)
+        self._reserved_bytes[worker.name] = need.total_bytes + cache_bytes
+        return cache_bytes
 
-    async def _start_engine(self, worker: Worker, info: ModelInfo) -> None:
+    async def _start_engine(self, worker: Worker, info: ModelInfo, cache_bytes: int) -> None:
         loop = asyncio.get_running_loop()
         layers = worker.settings.gpu_layers
 
@@ -360,6 +364,9 @@ class Fleet:
                 n_gpu_layers=-1 if layers == "auto" else layers,
                 use_extra_bufts=build.use_extra_bufts,
                 flash_attention=build.flash_attention,
+                use_extra_bufts=may_repack,
+                share_prefixes=worker.settings.prefix_cache_mb > 0,
+                prefix_cache_bytes=cache_bytes,
             ),
             loop,
             on_progress=on_progress,

@@ -51,6 +51,7 @@ class Generation:
         self.formatted = formatted
         self.tokens_in = tokens_in
         self.tokens_out = 0
+        self.tokens_cached = 0
         self.created_ts = time.time()
         self.slot: int | None = None
         self.reply: CompletionReply | None = None
@@ -169,6 +170,7 @@ class Generation:
 
     def _end(self, event: SequenceFinished) -> None:
         self.error = event.error
+        self.tokens_cached = event.n_cached
         duration = round(self.duration_ms)
         self.reply = CompletionReply(
             req_id=self.req_id,
@@ -176,6 +178,7 @@ class Generation:
             reasoning="".join(self._reasoning) or None,
             tokens_in=self.tokens_in,
             tokens_out=self.tokens_out,
+            tokens_cached=self.tokens_cached,
             finish_reason=cast(FinishReason, event.reason),
             duration_ms=duration,
             ms=duration,

@@ -47,8 +47,8 @@ def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> Memo
     )
 
 
-def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int, pending_bytes: int = 0) -> None:
-    """Raises `MemoryFitError` when `need` is more than what is free.
+def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int, pending_bytes: int = 0) -> int:
+    """Raises `MemoryFitError` when `need` is more than what is free; returns the bytes that are left over.
 
     Args:
         limit_bytes: INFSVC_MEMORY_LIMIT for all models of the node, or None.
@@ -60,3 +60,9 @@ def check(need: MemoryEstimate, *, limit_bytes: int | None, used_bytes: int, pen
         free = min(free, limit_bytes - used_bytes)
     if need.total_bytes > free:
         raise MemoryFitError(needed_bytes=need.total_bytes, free_bytes=max(0, free), parts=str(need))
+    return free - need.total_bytes
+
+
+def prefix_cache_bytes(wanted_mb: int, left_bytes: int) -> int:
+    """The budget of a model's store of states: what is asked for, at most a quarter of what its load leaves free."""
+    return min(wanted_mb * 2**20, left_bytes // 4)

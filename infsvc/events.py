@@ -66,6 +66,7 @@ class RequestFinished(Event):
     req_id: str
     tokens_in: int
     tokens_out: int
+    tokens_cached: int = 0
     ttft_ms: float | None
     duration_ms: float
     finish_reason: str

@@ -147,6 +147,7 @@ class WorkerSettings(BaseSettings):
     """Layers on the GPU; `auto` is all that fit, 0 is none."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """How an embedding is made of a text's tokens; `auto` is what the file says."""
+    prefix_cache_mb: Annotated[int, Field(ge=0, le=2**20)] = 256
     queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
     """Requests that may wait, over HTTP and NATS together; one more is refused with `queue_full`."""
     queue_max_age: Seconds = 86400.0
