@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+from engine.prefix_cache import PrefixCache, Reuse, ReuseRule, Source
 from engine.scheduler import Scheduler, Share
 from engine.sequence import Sequence, SequenceState
 from tests.engine.parts import sequence
@@ -192,3 +193,139 @@ def test_whatever_happens_the_invariants_hold() -> None:
                     scheduler.remove(each)
         assert scheduler.idle
         assert all(each.state is SequenceState.FINISHED for each in arrivals)
+
+
+# -- prompts with one beginning ----------------------------------------------------------------------------------------
+
+
+SYSTEM = list(range(1000, 1300))
+
+
+def sharing(*, n_slots: int = 4, n_batch: int = 128) -> tuple[Scheduler, PrefixCache]:
+    prefixes = PrefixCache(n_slots=n_slots, n_ctx=1000, reuse=Reuse(ReuseRule.ANYWHERE))
+    return Scheduler(n_slots=n_slots, n_batch=n_batch, prefixes=prefixes), prefixes
+
+
+def play(scheduler: Scheduler, prefixes: PrefixCache) -> list[tuple[int, int]]:
+    """One step as an engine makes it, the model left out; returns what was read, as (slot, tokens)."""
+
+    def take_over(each: Sequence) -> None:
+        plan = each.plan
+        assert plan is not None
+        if plan.source in (Source.HELD, Source.COPIED):
+            prefixes.copied(each.slot, prefixes.held(plan.from_slot if plan.source is Source.COPIED else each.slot))
+        if plan.source is not Source.AWAITED:
+            prefixes.cut(each.slot, plan.n)
+            each.n_past = plan.n
+
+    while (follower := scheduler.rejoin()) is not None:
+        take_over(follower)
+    while (newcomer := scheduler.admit_one()) is not None:
+        take_over(newcomer)
+    read = []
+    for share in scheduler.schedule():
+        each = share.sequence
+        assert share.start == each.n_past == prefixes.n_held(each.slot)
+        prefixes.note(each.slot, share.start, share.tokens)
+        each.n_past += len(share.tokens)
+        read.append((each.slot, len(share.tokens)))
+        if share.draws:
+            each.state = SequenceState.DECODE
+    return read
+
+
+def test_prompts_that_arrive_together_read_their_beginning_once() -> None:
+    scheduler, prefixes = sharing()
+    together = [sequence(prompt=[*SYSTEM, *range(20 * n, 20 * n + 20)]) for n in range(4)]
+    for each in together:
+        scheduler.add(each)
+    steps = [play(scheduler, prefixes) for _ in range(4)]
+    # The leader's third batch ends where the prompts part; the fourth is all that they do not share.
+    assert steps == [[(0, 128)], [(0, 128)], [(0, 44)], [(0, 20), (1, 20), (2, 20), (3, 20)]]
+    assert all(each.state is SequenceState.DECODE for each in together)
+    assert [prefixes.held(each.slot).tolist() for each in together] == [each.prompt for each in together]
+
+
+def test_a_follower_takes_over_where_its_leader_left() -> None:
+    scheduler, prefixes = sharing()
+    leader, first, second = (sequence(prompt=[*SYSTEM, n]) for n in range(3))
+    for each in (leader, first, second):
+        scheduler.add(each)
+    assert play(scheduler, prefixes) == [(0, 128)]
+    assert first.leader is leader
+    prefixes.left(leader.slot)
+    scheduler.remove(leader)
+    # The first copies what there is and reads on; the second now waits for it.
+    assert play(scheduler, prefixes) == [(1, 128)]
+    assert first.n_past == 256
+    assert (first.leader, second.leader) == (None, first)
+    while second.state is not SequenceState.DECODE:
+        assert play(scheduler, prefixes)
+    assert prefixes.held(second.slot).tolist() == second.prompt
+
+
+def test_a_leader_whose_reading_was_undone_leaves_nobody_behind() -> None:
+    scheduler, prefixes = sharing()
+    leader, follower = (sequence(prompt=[*SYSTEM, n]) for n in range(2))
+    for each in (leader, follower):
+        scheduler.add(each)
+    play(scheduler, prefixes)
+    prefixes.cut(leader.slot, 0)
+    scheduler.requeue(leader)
+    assert play(scheduler, prefixes) == [(1, 128)]
+    assert follower.leader is None
+
+
+def test_a_later_arrival_shares_with_the_nearest() -> None:
+    scheduler, prefixes = sharing()
+    scheduler.add(sequence(prompt=[*SYSTEM, *range(100)]))
+    play(scheduler, prefixes)
+    near = sequence(prompt=[*SYSTEM, *range(50), *range(500, 550)])
+    far = sequence(prompt=[*SYSTEM[:200], *range(700, 800)])
+    scheduler.add(near)
+    scheduler.add(far)
+    play(scheduler, prefixes)
+    assert (near.fork, far.fork) == (350, 200)
+    for _ in range(5):
+        play(scheduler, prefixes)
+    for each in (near, far):
+        assert prefixes.held(each.slot).tolist()[: each.n_prompt] == each.prompt
+
+
+def test_a_prompt_is_read_up_to_its_marks() -> None:
+    scheduler, prefixes = sharing()
+    marked = sequence(prompt=[*SYSTEM, *range(100)], marks=[150, 399])
+    scheduler.add(marked)
+    read = [play(scheduler, prefixes)[0][1] for _ in range(5)]
+    assert read == [128, 22, 128, 121, 1]
+
+
+def test_random_mixes_end_and_hold_what_was_asked() -> None:
+    """Whatever leaves in whatever order: nobody waits for ever, and each slot holds its own prompt."""
+    for seed in range(200):
+        draw = random.Random(seed)
+        scheduler, prefixes = sharing(n_slots=draw.randint(1, 5), n_batch=draw.choice((16, 64, 256)))
+        left = 20
+        for _ in range(2000):
+            if left and draw.random() < 0.3:
+                left -= 1
+                cut = draw.choice((0, 40, 100, 300))
+                tail = [draw.randrange(50) for _ in range(draw.randint(1, 60))]
+                scheduler.add(sequence(prompt=[*SYSTEM[:cut], *tail]))
+            read = play(scheduler, prefixes)
+            assert read or not scheduler.running
+            for each in tuple(scheduler.running):
+                if each.state is SequenceState.DECODE:
+                    assert prefixes.held(each.slot).tolist()[: each.n_prompt] == each.prompt
+                if draw.random() < 0.1 or each.n_past > each.n_prompt + 3:
+                    prefixes.left(each.slot)
+                    scheduler.remove(each)
+                elif draw.random() < 0.02 and each.state is SequenceState.PREFILL:
+                    prefixes.cut(each.slot, 0)
+                    scheduler.requeue(each)
+                else:
+                    each.last_token = draw.randrange(50)
+            if not left and scheduler.idle:
+                break
+        else:
+            raise AssertionError(f"seed {seed} never ends")
