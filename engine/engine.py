@@ -52,9 +52,10 @@ class EngineOptions:
         n_gpu_layers: −1 for all that a GPU build can take.
         use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
         flash_attention: whether it is the faster way on this CPU (likewise); on a GPU it always is.
-        prefix_cache_bytes: of the store of states that no slot holds any more; 0 to share nothing at all.
         share_prefixes: whether a prompt may go on from what was read before.
         prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
+        swa_full: whether layers with a sliding window keep every cell: more memory (`memory_fit` counts it), and any
+            place to branch off at.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class EngineOptions:
     flash_attention: bool = False
     share_prefixes: bool = True
     prefix_cache_bytes: int = 2**28
+    swa_full: bool = True
 
 
 class Engine:
@@ -220,6 +222,7 @@ class Engine:
             n_batch=N_BATCH,
             n_threads=options.n_threads or os.cpu_count() or 1,
             flash_attention=on_gpu or options.flash_attention,
+            swa_full=options.swa_full,
         )
         self._context = context
         # A recurrent state has no way back to before a batch that was aborted half way.

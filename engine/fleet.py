@@ -364,7 +364,6 @@ class Fleet:
                 n_gpu_layers=-1 if layers == "auto" else layers,
                 use_extra_bufts=build.use_extra_bufts,
                 flash_attention=build.flash_attention,
-                use_extra_bufts=may_repack,
                 share_prefixes=worker.settings.prefix_cache_mb > 0,
                 prefix_cache_bytes=cache_bytes,
             ),

@@ -332,14 +332,20 @@ class LlamaContext:
         n_batch: int,
         n_threads: int,
         flash_attention: bool = False,
+        swa_full: bool = True,
     ) -> None:
-        """Raises `LoadError` when the memory cannot be had."""
+        """Raises `LoadError` when the memory cannot be had.
+
+        Args:
+            swa_full: whether layers with a sliding window keep the cells that have left it.
+        """
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * n_slots
         params.n_seq_max = n_slots
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = False
+        params.swa_full = swa_full
         params.flash_attn_type = _FLASH_ATTN_ON if flash_attention else _FLASH_ATTN_OFF
         params.pooling_type = _POOLING_NONE
         params.embeddings = False

@@ -142,9 +142,11 @@ class Costs:
         """Whether moving a state of `n_moved` tokens is quicker than reading `n_gained`."""
         if n_gained < MIN_SHARED:
             return False
-        if self._read_s is None or self._move_s is None:
+        if self._read_s is None or self._move_s is None or n_gained * self._read_s > n_moved * self._move_s:
             return True
-        return n_gained * self._read_s > n_moved * self._move_s
+        # One bad measurement must not last: what is never done is never measured again.
+        self._move_s *= 0.9
+        return False
 
 
 class StateStore:
@@ -302,10 +304,9 @@ class PrefixCache:
         tokens = self.held(slot)
         others = [self.held(other) for other in range(len(self._n)) if other != slot]
         others += [state.tokens for state in self.store.states]
-        if self.reuse.rule is ReuseRule.ANYWHERE:
-            n_elsewhere = max((common_prefix(tokens, other) for other in others), default=0)
-        else:
-            n_elsewhere = max((n for other in others if np.array_equal(tokens, other)), default=0)
+        common = ((common_prefix(tokens, other), len(other)) for other in others)
+        whole_only = self.reuse.rule is not ReuseRule.ANYWHERE
+        n_elsewhere = max((n for n, n_other in common if n == n_other or not whole_only), default=0)
         n_lost = n - max(n_kept, n_elsewhere)
         return n_lost >= MIN_SAVED and self.costs.pays(n_lost, 2 * n)
 

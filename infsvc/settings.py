@@ -148,6 +148,8 @@ class WorkerSettings(BaseSettings):
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """How an embedding is made of a text's tokens; `auto` is what the file says."""
     prefix_cache_mb: Annotated[int, Field(ge=0, le=2**20)] = 256
+    """RAM for what prompts had in common and no slot holds any more, in MiB; never more than a quarter of what the load
+    leaves free. 0 reads every prompt from its first token."""
     queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
     """Requests that may wait, over HTTP and NATS together; one more is refused with `queue_full`."""
     queue_max_age: Seconds = 86400.0

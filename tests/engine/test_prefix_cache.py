@@ -186,6 +186,7 @@ def test_costs_are_the_best_seen() -> None:
     costs.read(100, 10.0)
     assert costs.pays(20, 99)
     assert not costs.pays(20, 100)
+    assert costs.pays(20, 100)  # it is tried again after a while
 
 
 def test_only_what_would_be_lost_is_saved() -> None:

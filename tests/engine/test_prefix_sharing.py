@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine, EngineOptions
+from engine.prefix_cache import MIN_SHARED, Costs
 from engine.sequence import Sequence
 from engine.service import InferenceRequest
 from infsvc.types import Params
@@ -29,6 +30,12 @@ N_CTX = 512
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
     return {name: write(root / f"{name}.gguf") for name, write in FAMILIES.items()}
+
+
+@pytest.fixture(autouse=True)
+def copies_always_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tiny model's tokens costs next to nothing, and what is measured on a busy machine is no matter here."""
+    monkeypatch.setattr(Costs, "pays", lambda self, n_gained, n_moved: n_gained >= MIN_SHARED)
 
 
 @asynccontextmanager
@@ -91,9 +98,9 @@ def mixed_prompts(seed: int, n: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("n_batch", [32, 512])
+@pytest.mark.parametrize(("n_batch", "swa_full"), [(512, True), (32, False)])
 async def test_random_mixes_draw_what_a_cold_engine_draws(
-    families: dict[str, Path], family: str, n_batch: int, monkeypatch: pytest.MonkeyPatch
+    families: dict[str, Path], family: str, n_batch: int, swa_full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some together, some after one another, some cancelled at any moment, with a store that keeps only a few."""
     # A small batch makes the sliding window's ring small, and cuts prompts at many places.
@@ -103,7 +110,7 @@ async def test_random_mixes_draw_what_a_cold_engine_draws(
     expected = await cold(path, prompts)
     assert len(set(expected)) > len(prompts) // 2
     random = Random(7)
-    async with engine_on(path, prefix_cache_bytes=random.choice((200_000, 400_000))) as engine:
+    async with engine_on(path, prefix_cache_bytes=400_000, swa_full=swa_full) as engine:
         waiting = list(enumerate(prompts))
         while waiting:
             group = [waiting.pop(0) for _ in range(min(len(waiting), random.randint(1, 6)))]
@@ -216,7 +223,8 @@ async def test_an_evicted_conversation_comes_back_from_the_store(families: dict[
             back = asked(history)
             await run(engine, back)
             assert engine.counters.n_states_restored > 0, family
-            assert back.n_cached == len(history) - 3, family
+            # A hybrid's store has the state of the prompt already, and does without the answer's few tokens.
+            assert back.n_cached in (len(history) - 3, first.n_prompt - 1), family
             text = back.listener.text  # type: ignore[attr-defined]
         assert await cold(path, [history]) == [text], family
 
@@ -230,7 +238,7 @@ async def test_a_window_that_has_moved_on_is_not_reused_and_says_so(
     tails = [made_up(seed, 300) for seed in (1, 2, 3)]
     prompts = [[*SYSTEM[:150], *tail] for tail in tails]
     expected = await cold(path, prompts)
-    async with engine_on(path, n_slots=1) as engine:
+    async with engine_on(path, n_slots=1, swa_full=False) as engine:
         sequences = [asked(prompt) for prompt in prompts]
         texts = [(await run(engine, each)).text for each in sequences]
         assert texts == expected
