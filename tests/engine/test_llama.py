@@ -154,6 +154,48 @@ def test_a_slot_that_does_not_exist_cannot_be_forgotten(context: LlamaContext) -
             context.forget(slot)
 
 
+def test_a_saved_state_goes_on_as_its_slot_would(context: LlamaContext, batch: Batch) -> None:
+    batch.add(PROMPT, start=0, slot=0, draws=True)
+    assert context.decode(batch) == DECODE_OK
+    blob = context.save(0)
+    assert context.first_position(0) == 0
+    assert context.first_position(1) == -1
+    logits = []
+    assert context.restore(1, blob)
+    for slot in (0, 1):
+        batch.clear()
+        position = batch.add([9], start=len(PROMPT), slot=slot, draws=True)
+        assert context.decode(batch) == DECODE_OK
+        logits.append(context.logits(position).copy())
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert context.cut(1, 2)
+    batch.clear()
+    batch.add([9], start=2, slot=1, draws=True)
+    assert context.decode(batch) == DECODE_OK
+
+
+def test_a_state_that_is_none_leaves_the_slot_empty(context: LlamaContext, batch: Batch) -> None:
+    batch.add(PROMPT, start=0, slot=0, draws=True)
+    assert context.decode(batch) == DECODE_OK
+    blob = context.save(0)
+    for bad in (blob[: len(blob) // 2].copy(), np.zeros(100, dtype=np.uint8), np.zeros(1, dtype=np.uint8)):
+        assert not context.restore(0, bad)
+        assert context.first_position(0) == -1
+
+
+def test_states_of_slots_that_do_not_exist_are_refused(context: LlamaContext) -> None:
+    blob = context.save(0)
+    for slot in (-1, 2):
+        for use in (
+            lambda slot=slot: context.save(slot),
+            lambda slot=slot: context.restore(slot, blob),
+            lambda slot=slot: context.cut(slot, 0),
+            lambda slot=slot: context.first_position(slot),
+        ):
+            with pytest.raises(LlamaError, match="no slot"):
+                use()
+
+
 def test_a_closed_context_refuses_everything(model: LlamaModel, batch: Batch) -> None:
     context = LlamaContext(model, n_ctx=256, n_slots=2, n_batch=64, n_threads=1)
     batch.add(PROMPT, start=0, slot=0, draws=True)

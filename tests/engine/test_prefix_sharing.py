@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from engine.engine import Engine, EngineOptions
+from engine.llama import LlamaContext
 from engine.prefix_cache import MIN_SHARED, Costs
 from engine.sequence import Sequence
 from engine.service import InferenceRequest
@@ -288,6 +289,26 @@ async def test_a_cancel_in_a_hybrid_aborts_nobody_elses_batch(families: dict[str
             engine.cancel(leaving)
             assert await text_of(each) == expected[turn % 4], turn
             await leaving.listener.finished()  # type: ignore[attr-defined]
+
+
+async def test_only_what_can_go_back_is_aborted(families: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    aborts: list[str] = []
+    abort = LlamaContext.abort
+    for family in ("qwen3", "lfm2"):
+
+        def noted(context: LlamaContext, family: str = family) -> None:
+            aborts.append(family)
+            abort(context)
+
+        async with engine_on(families[family]) as engine:
+            each = asked(SYSTEM, max_tokens=200)
+            engine.submit(each)
+            await each.listener.tokens.wait()  # type: ignore[attr-defined]
+            with monkeypatch.context() as patch:
+                patch.setattr(LlamaContext, "abort", noted)
+                engine.cancel(each)
+                await each.listener.finished()  # type: ignore[attr-defined]
+    assert aborts == ["qwen3"]
 
 
 async def test_what_was_cached_is_told_everywhere(tmp_path: Path, families: dict[str, Path]) -> None:
