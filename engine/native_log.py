@@ -12,8 +12,11 @@ import re
 import sys
 from pathlib import Path
 
-# What llama.cpp prints hundreds of times a load about its graphs; of use only to its own developers.
-_NOISE = re.compile(r"(llama_graph_n_input_tensors|graph_reserve|create_tensor|set_abort_callback|~llama_context):?\b")
+# What llama.cpp prints hundreds of times a load about its graphs, and for each state that is restored; of use only to
+# its own developers.
+_NOISE = re.compile(
+    r"(llama_graph_n_input_tensors|graph_reserve|create_tensor|set_abort_callback|~llama_context|state_read_meta):?\b"
+)
 _MAX_BYTES = 16 * 2**20
 _WARNING = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
 _ERROR = re.compile(r"\b(error|failed|fatal|abort|assert)\b", re.IGNORECASE)
