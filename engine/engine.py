@@ -32,6 +32,7 @@ from engine.llama import (
     SamplerChain,
     supports_gpu,
 )
+from engine.logprobs import step_logprobs
 from engine.penalties import Penalties
 from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
 from engine.scheduler import N_BATCH, Scheduler, Share
@@ -282,19 +283,26 @@ class Engine:
     def _take(self, scheduler: Scheduler, item: Sequence | None) -> None:
         if item is None:
             return
-        if 0 < item.n_prompt < min(item.n_ctx, self.n_ctx):
+        n_ctx, n_vocab = min(item.n_ctx, self.n_ctx), self.model.n_vocab
+        foreign = next((token for token, _ in item.sampler.logit_bias if not 0 <= token < n_vocab), None)
+        if 0 < item.n_prompt < n_ctx and foreign is None:
             scheduler.add(item)
             return
         # It would make the whole batch fail.
         self.counters.n_finished += 1
         item.state = SequenceState.FINISHED
-        error = f"a prompt of {item.n_prompt} tokens does not fit a context of {min(item.n_ctx, self.n_ctx)}"
+        error = f"a prompt of {item.n_prompt} tokens does not fit a context of {n_ctx}"
+        if foreign is not None:
+            error = f"logit_bias names token {foreign}, and the vocabulary has {n_vocab}"
         self._outbox.append(SequenceFinished(item, time.perf_counter(), "", "error", error))
 
     def _begin(self, sequence: Sequence) -> None:
         spec = sequence.sampler
         if not spec.greedy and sequence.chain is None:
             sequence.chain = SamplerChain(spec)
+        if spec.logit_bias:
+            ids, values = zip(*spec.logit_bias, strict=True)
+            sequence.bias = np.array(ids, dtype=np.int64), np.array(values, dtype=np.float32)
         if spec.penalises:
             sequence.penalties = Penalties(spec)
             for token in sequence.prompt[-spec.repeat_last_n :]:
@@ -418,6 +426,10 @@ class Engine:
         """Samples one token and ends the sequence where it ends."""
         model = self.model
         logits = context.logits(position)
+        raw = None if sequence.n_logprobs is None else logits.copy()
+        if sequence.bias is not None:
+            ids, values = sequence.bias
+            logits[ids] += values
         if sequence.ignore_eos:
             logits[model.eog] = -float("inf")
         if sequence.penalties is not None:
@@ -441,7 +453,12 @@ class Engine:
             self._finish(context, scheduler, sequence, "stop")
             return
         text, stopped = sequence.assembler.feed(model.piece(token, special=sequence.special))
-        self._outbox.append(TokenEmitted(sequence, now, text))
+        logprobs = None
+        if raw is not None and sequence.n_logprobs is not None:
+            logprobs = step_logprobs(
+                raw, token, n_top=sequence.n_logprobs, piece=lambda each: model.piece(each, special=True)
+            )
+        self._outbox.append(TokenEmitted(sequence, now, text, logprobs))
         if stopped:
             self._finish(context, scheduler, sequence, "stop")
         elif sequence.n_drawn >= sequence.max_tokens or sequence.n_past + 1 >= sequence.n_ctx:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.logprobs import StepLogprobs
 from engine.output import Parsed, ReasoningParser
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
 from infsvc.errors import EngineFailed
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one decode step yielded; either text may be empty, not both."""
+    """What one decode step yielded; either text may be empty, not both. `logprobs` are those of the tokens drawn since
+    the chunk before, where they were asked for."""
 
     index: int
     text: str
     reasoning: str
+    logprobs: tuple[StepLogprobs, ...] = ()
 
 
 class Generation:
@@ -52,6 +55,8 @@ class Generation:
         self.tokens_in = tokens_in
         self.tokens_out = 0
         self.tokens_cached = 0
+        self.logprobs: list[StepLogprobs] = []
+        self._n_logprobs_shown = 0
         self.created_ts = time.time()
         self.slot: int | None = None
         self.reply: CompletionReply | None = None
@@ -153,6 +158,8 @@ class Generation:
                 if self._first_s is None:
                     self._first_s = event.at_s
                 self._on_token()
+                if event.logprobs is not None:
+                    self.logprobs.append(event.logprobs)
                 self._show(self._parser.feed(event.text))
             case SequenceFinished():
                 if event.reason == "cancelled" or self._first_s is None:
@@ -165,7 +172,9 @@ class Generation:
         if parsed.text or parsed.reasoning:
             self._text.append(parsed.text)
             self._reasoning.append(parsed.reasoning)
-            self._chunks.append(Chunk(self._n_chunks, parsed.text, parsed.reasoning))
+            logprobs = tuple(self.logprobs[self._n_logprobs_shown :])
+            self._n_logprobs_shown = len(self.logprobs)
+            self._chunks.append(Chunk(self._n_chunks, parsed.text, parsed.reasoning, logprobs))
             self._n_chunks += 1
 
     def _end(self, event: SequenceFinished) -> None:

@@ -1,7 +1,7 @@
 """What one request asks of the sampler.
 
-The order is llama.cpp's (`common_sampler_init`): penalties, top_k, top_p, min_p, temperature, draw. A temperature of 0
-is an argmax.
+The order is llama.cpp's (`common_sampler_init`): logit bias, penalties, top_k, top_p, min_p, temperature, draw. A
+temperature of 0 is an argmax.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class SamplerSpec:
     frequency_penalty: float
     presence_penalty: float
     repeat_last_n: int
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def from_params(cls, params: Params, *, n_ctx: int) -> SamplerSpec:
@@ -45,6 +46,7 @@ class SamplerSpec:
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
             repeat_last_n=n_ctx if params.repeat_last_n == -1 else min(params.repeat_last_n, n_ctx),
+            logit_bias=tuple(params.logit_bias.items()),
         )
 
     @property

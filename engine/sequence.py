@@ -19,6 +19,7 @@ from engine.output import TextAssembler
 from engine.sampling import SamplerSpec
 
 if TYPE_CHECKING:
+    from engine.logprobs import StepLogprobs
     from engine.prefix_cache import Plan
 
 _arrivals = itertools.count()
@@ -42,6 +43,7 @@ class Sequence:
         special: whether control tokens are shown as text (raw mode).
         listener: called on the loop's thread with each event of this sequence.
         priority: a higher one is admitted earlier.
+        n_logprobs: how many of the likeliest tokens are told with each drawn one (0-20); None tells no log-probability.
         ids: the prompt as an array, for comparing.
         n_cached: tokens of the prompt that were taken over from an earlier reading.
         leader: a sequence that is reading what this one begins with; it is waited for until it has read `fork` tokens.
@@ -57,6 +59,7 @@ class Sequence:
     ignore_eos: bool = False
     special: bool = False
     priority: int = 0
+    n_logprobs: int | None = None
 
     cancelled: bool = False
     state: SequenceState = SequenceState.WAITING
@@ -75,6 +78,7 @@ class Sequence:
     ids: npt.NDArray[np.int32] = field(init=False)
     chain: Any = None
     penalties: Any = None
+    bias: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None
 
     def __post_init__(self) -> None:
         self.assembler = TextAssembler(self.stop)
@@ -107,9 +111,11 @@ class SequenceStarted(SequenceEvent):
 
 @dataclass(frozen=True, slots=True)
 class TokenEmitted(SequenceEvent):
-    """A token was drawn. `text` may be empty: half a character, or what may become a stop string."""
+    """A token was drawn. `text` may be empty: half a character, or what may become a stop string. `logprobs` where they
+    were asked for, save for a token that ends the answer."""
 
     text: str
+    logprobs: StepLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

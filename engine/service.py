@@ -16,6 +16,7 @@ from typing import Any
 
 from engine.fleet import Fleet
 from engine.generation import Generation
+from engine.logprobs import MAX_TOP
 from engine.prompt import Tool
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
@@ -45,6 +46,8 @@ class InferenceRequest:
         raw: the input goes to the model as it is, and its output comes back as it is.
         think: asks a reasoning model to think first, or not to; None leaves it to the model's template.
         tools: what the model may call; its template lists them.
+        n_logprobs: how many of the likeliest tokens `Generation.logprobs` tells with each drawn one (0-20); None for no
+            log-probabilities.
         source: the door: http, nats, chat.
         queued: it has waited in the broker's queue, so what waits there does not count against it.
     """
@@ -56,6 +59,7 @@ class InferenceRequest:
     raw: bool = False
     think: bool | None = None
     tools: tuple[Tool, ...] = ()
+    n_logprobs: int | None = None
     req_id: str = field(default_factory=new_req_id)
     trace_id: str | None = None
     source: str = "http"
@@ -211,6 +215,13 @@ class InferenceService:
             if len(tokens) >= worker.n_ctx:
                 raise ContextLengthExceeded(n_prompt_tokens=len(tokens), n_ctx=worker.n_ctx)
             engine = worker.engine
+            for token in request.params.logit_bias:
+                if not 0 <= token < engine.model.n_vocab:
+                    raise BadRequest(
+                        f"params.logit_bias names token {token}, and {worker.name}'s vocabulary has "
+                        f"{engine.model.n_vocab} (0 to {engine.model.n_vocab - 1})",
+                        param="params.logit_bias",
+                    )
             generation = Generation(
                 request,
                 formatted=formatted,
@@ -231,6 +242,7 @@ class InferenceService:
                 ignore_eos=params.ignore_eos,
                 special=request.raw,
                 priority=request.priority,
+                n_logprobs=request.n_logprobs,
             )
             generation.attach(sequence)
             worker.requests[_free_key(worker, request.req_id)] = generation
@@ -250,6 +262,8 @@ class InferenceService:
 
     @staticmethod
     def _check_supported(request: InferenceRequest) -> None:
+        if request.n_logprobs is not None and not 0 <= request.n_logprobs <= MAX_TOP:
+            raise BadRequest(f"at most {MAX_TOP} of the likeliest tokens can be told", param="top_logprobs")
         for name in ("grammar", "json_schema"):
             if getattr(request.params, name) is not None:
                 raise Unsupported(f"params.{name}", "constrained sampling is not served by this version")

@@ -74,10 +74,26 @@ class Params(Wire):
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=1024)
+    ] = {}
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids(cls, value: Any) -> Any:
+        """JSON's keys are texts, and clients send null for none."""
+        if not isinstance(value, dict):
+            return {} if value is None else value
+        ids = {
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key: value[key] for key in value
+        }
+        if len(ids) < len(value):
+            raise ValueError("a token id that is named twice")
+        return ids
 
     @field_validator("stop", mode="before")
     @classmethod

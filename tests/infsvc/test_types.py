@@ -52,6 +52,9 @@ def test_the_defaults_are_the_contracts() -> None:
         ("stop", ["x"] * 16),
         ("stop", None),
         ("ignore_eos", True),
+        ("logit_bias", {"5": -100, "07": 2.5}),
+        ("logit_bias", {}),
+        ("logit_bias", None),
     ],
 )
 def test_what_is_let_in(field: str, good: Any) -> None:
@@ -84,6 +87,13 @@ def test_what_is_let_in(field: str, good: Any) -> None:
         ("repeat_penalty", 1e-30),
         ("repeat_penalty", INF),
         ("repeat_last_n", -2),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": "1"}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"5": 1, "05": 2}),
+        ("logit_bias", [[5, 1]]),
+        ("logit_bias", {str(n): 1 for n in range(1025)}),
         ("presence_penalty", 3),
         ("frequency_penalty", NAN),
         ("seed", -1),
