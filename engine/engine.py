@@ -41,6 +41,9 @@ from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
 
+HUNG_AFTER_S = 180.0
+"""A step that takes longer will not end: the largest batch of the largest model on a slow machine takes some 30 s."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -78,7 +81,7 @@ class Engine:
         name: the model's name, for the thread and the log.
         loop: where events are delivered.
         on_progress: 0..1 while loading, on the engine's thread.
-        on_died: called on the loop with a sentence when the thread ended by a fault.
+        on_died: called on the loop with a sentence when the thread ended by a fault, or hangs in a step.
     """
 
     def __init__(
@@ -109,6 +112,9 @@ class Engine:
         self._may_abort = True
         self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
+        self._live: dict[int, Sequence] = {}
+        self._step_began_s: float | None = None
+        self._hung = False
         self._outbox: list[SequenceEvent] = []
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
 
@@ -116,6 +122,7 @@ class Engine:
         """Starts the thread; `loaded` is done when the model is ready, or holds the `LoadError`."""
         self.loaded.set_running_or_notify_cancel()
         self._thread.start()
+        self._post(lambda _: self._watch(), None)
 
     @property
     def model(self) -> LlamaModel:
@@ -132,6 +139,7 @@ class Engine:
         """
         with self._gate:
             if not self._ended:
+                self._live[sequence.arrival] = sequence
                 self._inbox.put(sequence)
                 return
         self._post(_hand_out, [self._farewell(sequence)])
@@ -158,6 +166,42 @@ class Engine:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Looks now and then whether the thread still gets through its steps."""
+        if self._ended:
+            return
+        began = self._step_began_s
+        if began is not None and time.perf_counter() - began > HUNG_AFTER_S and not self._closing.is_set():
+            self._give_up(
+                f"a step of {self.name}'s engine has not ended in {HUNG_AFTER_S:.0f} s: load it again; "
+                "if it hangs again, try MODEL_THREADS=1 or another file"
+            )
+        else:
+            self._loop.call_later(HUNG_AFTER_S / 20, self._watch)
+
+    def _give_up(self, reason: str) -> None:
+        """Ends for everyone else what the thread does not end. When it comes back after all it frees the memory."""
+        log.error(reason, extra={"code": "engine.hung", "model": self.name})
+        with self._gate:
+            self._ended = self._hung = True
+            self._died = reason
+        self.close()
+        now = time.perf_counter()
+        # The thread may yet tell of them too: what comes after a sequence's last event is dropped.
+        self._tell([SequenceFinished(each, now, "", "error", reason) for each in self._live.values()])
+        if self._on_died is not None:
+            self._on_died(reason)
+
+    def _tell(self, events: list[SequenceEvent]) -> None:
+        """Each event to its sequence's listener, up to its last."""
+        live = [event for event in events if event.sequence.arrival in self._live]
+        for event in live:
+            if isinstance(event, SequenceFinished):
+                self._live.pop(event.sequence.arrival, None)
+        _hand_out(live)
+
     # -- the engine's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -182,11 +226,14 @@ class Engine:
             log.exception(self._died, extra={"code": "engine.died", "model": self.name})
         finally:
             self._end_all(scheduler)
+            if scheduler is not None:
+                self._prefixes.store.clear()
+            self._snapshots.clear()
             if self._context is not None:
                 self._context.close()
             if self._model is not None:
                 self._model.close()
-            if self._died is not None and scheduler is not None and self._on_died is not None:
+            if self._died is not None and not self._hung and scheduler is not None and self._on_died is not None:
                 self._post(self._on_died, self._died)
 
     def _load(self) -> tuple[LlamaContext, Batch]:
@@ -255,6 +302,7 @@ class Engine:
         self._drain(scheduler)
         if self._closing.is_set():
             return
+        self._step_began_s = time.perf_counter()
         for sequence in scheduler.cancelled():
             self._finish(context, scheduler, sequence, "cancelled")
         self._snapshots.clear()
@@ -268,6 +316,7 @@ class Engine:
         if shares:
             self._decode(context, batch, scheduler, shares)
         self._deliver()
+        self._step_began_s = None
 
     def _drain(self, scheduler: Scheduler) -> None:
         """Takes what came in; waits for something when there is nothing to do."""
@@ -519,7 +568,7 @@ class Engine:
     def _deliver(self) -> None:
         if self._outbox:
             events, self._outbox = self._outbox, []
-            self._post(_hand_out, events)
+            self._post(self._tell, events)
 
     def _post(self, function: Callable[..., None], argument: object) -> None:
         if not self._loop.is_closed():

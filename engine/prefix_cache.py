@@ -180,6 +180,11 @@ class StateStore:
             self.states.remove(state)
             self.states.append(state)
 
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self.states.clear()
+        self.n_bytes = 0
+
     def _drop(self, state: StoredState) -> None:
         self.states.remove(state)
         self.n_bytes -= state.blob.nbytes
