@@ -30,6 +30,7 @@ from engine.llama import (
     LlamaContext,
     LlamaModel,
     SamplerChain,
+    return_memory,
     supports_gpu,
 )
 from engine.logprobs import step_logprobs
@@ -233,6 +234,7 @@ class Engine:
                 self._context.close()
             if self._model is not None:
                 self._model.close()
+            return_memory()
             if self._died is not None and not self._hung and scheduler is not None and self._on_died is not None:
                 self._post(self._on_died, self._died)
 

@@ -113,6 +113,13 @@ def system_info() -> str:
     return str(lib.llama_print_system_info().decode())
 
 
+def return_memory() -> None:
+    """Has glibc give freed pages back to the system, which it otherwise keeps by the 10 MB; elsewhere nothing is
+    done."""
+    if hasattr(_C, "malloc_trim"):
+        _C.malloc_trim(0)
+
+
 class LlamaModel:
     """A model's weights and vocabulary. Tokenising and pieces are safe from any thread while the model is open."""
 
