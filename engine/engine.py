@@ -369,6 +369,8 @@ class Engine:
         slot = sequence.slot
         if plan.source is not Source.HELD:
             self._keep(context, slot, 0)
+            context.forget(slot)
+            prefixes.cut(slot, 0)
             blob, tokens = None, sequence.ids
             if plan.source is Source.COPIED:
                 blob = self._snapshot(context, plan.from_slot)
@@ -384,7 +386,7 @@ class Engine:
         else:
             self._keep(context, slot, plan.n)
         n = min(plan.n, prefixes.n_held(slot))
-        if prefixes.n_held(slot) > n and (n == 0 or not context.cut(slot, n)):
+        if prefixes.n_held(slot) > n and not context.cut(slot, n):
             context.forget(slot)
             n = 0
         prefixes.cut(slot, n)
@@ -418,6 +420,8 @@ class Engine:
 
     def _save(self, context: LlamaContext, slot: int) -> None:
         prefixes = self._prefixes
+        if context.state_bytes(slot) > prefixes.store.budget_bytes:
+            return
         prefixes.save(slot, self._snapshot(context, slot))
         self.counters.n_states_saved += 1
         self.counters.store_bytes = prefixes.store.n_bytes

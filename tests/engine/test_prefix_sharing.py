@@ -291,6 +291,34 @@ async def test_a_cancel_in_a_hybrid_aborts_nobody_elses_batch(families: dict[str
             await leaving.listener.finished()  # type: ignore[attr-defined]
 
 
+async def test_a_state_that_cannot_be_restored_is_read_anew(
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[*SYSTEM, *made_up(seed, 12)] for seed in range(1, 4)]
+    for family, path in families.items():
+        expected = await cold(path, prompts)
+
+        def forced_failure(context: LlamaContext, slot: int, blob: object) -> bool:
+            context.forget(slot)
+            return False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaContext, "restore", forced_failure)
+            async with engine_on(path) as engine:
+                together = [asked(prompt) for prompt in prompts]
+                for each in together:
+                    engine.submit(each)
+                assert [await text_of(each) for each in together] == expected, family
+                assert [each.n_cached for each in together] == [0, 0, 0]
+
+
+async def test_a_state_over_the_whole_budget_is_not_kept(families: dict[str, Path]) -> None:
+    async with engine_on(families["lfm2"], n_slots=1, prefix_cache_bytes=1000) as engine:
+        for seed in range(3):
+            await run(engine, asked(made_up(seed, 100)))
+        assert engine.counters.n_states_saved == engine.counters.store_bytes == 0
+
+
 async def test_only_what_can_go_back_is_aborted(families: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     aborts: list[str] = []
     abort = LlamaContext.abort
