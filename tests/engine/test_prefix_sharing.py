@@ -1,12 +1,15 @@
 """What is shared changes nothing: token for token what a cold engine draws, on every kind of memory.
 
-The tiny families are F32 throughout. llama.cpp does not promise the same last bits for a token read alone and in a
-batch, so equality of tokens is shown where the two likeliest are further apart than that; on these files they are.
+llama.cpp does not promise the same last digits for a token read alone and in a batch, and keeps keys and values in 16
+bits: on these files (F32 weights) log-probabilities differ by some 1e-4, with sharing as without. So each token's is
+compared too, and where two candidates are closer than `TIE` in the cold run, either may be drawn; what comes after is
+then another answer and is not compared.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,14 +20,16 @@ import pytest
 
 from engine.engine import Engine, EngineOptions
 from engine.llama import LlamaContext
+from engine.logprobs import StepLogprobs
 from engine.prefix_cache import MIN_SHARED, Costs
-from engine.sequence import Sequence
+from engine.sequence import Sequence, TokenEmitted
 from engine.service import InferenceRequest
 from infsvc.types import Params
 from tests.engine.parts import Heard, run, running_node, sequence, worker_settings
 from tests.tiny_families import FAMILIES, WINDOW
 
 N_CTX = 512
+TIE = 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +61,48 @@ async def engine_on(path: Path, *, n_slots: int = 3, n_ctx: int = N_CTX, **optio
 
 
 def asked(prompt: list[int], *, max_tokens: int = 12) -> Sequence:
-    return sequence(prompt=prompt, max_tokens=max_tokens, n_ctx=N_CTX)
+    return sequence(prompt=prompt, max_tokens=max_tokens, n_ctx=N_CTX, n_logprobs=20)
 
 
-async def text_of(each: Sequence) -> str:
+Answer = list[StepLogprobs]
+
+
+async def answer_of(each: Sequence) -> Answer:
     heard = each.listener
     assert isinstance(heard, Heard)
     end = await heard.finished()
     assert end.error is None
-    return heard.text
+    return [event.logprobs for event in heard.events if isinstance(event, TokenEmitted) and event.logprobs is not None]
 
 
-async def cold(path: Path, prompts: list[list[int]], *, max_tokens: int = 12) -> list[str]:
+async def cold(path: Path, prompts: list[list[int]], *, max_tokens: int = 12) -> list[Answer]:
+    """What an engine answers that reads each prompt from its first token, one after another."""
     async with engine_on(path, n_slots=1, share_prefixes=False) as engine:
-        texts = [(await run(engine, asked(prompt, max_tokens=max_tokens))).text for prompt in prompts]
+        answers = []
+        for prompt in prompts:
+            each = asked(prompt, max_tokens=max_tokens)
+            await run(engine, each)
+            answers.append(await answer_of(each))
         assert engine.counters.n_cached_tokens == 0
         assert engine.counters.prefix_reuse == "off"
-        return texts
+        return answers
+
+
+def compare(found: Answer, expected: Answer) -> int:
+    """Fails where they differ by more than a tie; returns 1 where a tie went the other way, else 0."""
+    assert len(found) == len(expected)
+    for at, (mine, cold_one) in enumerate(zip(found, expected, strict=True)):
+        if mine.drawn.token != cold_one.drawn.token:
+            rival = next((top.logprob for top in cold_one.top if top.token == mine.drawn.token), -math.inf)
+            assert cold_one.drawn.logprob - rival < TIE, (at, mine, cold_one)
+            return 1
+        assert mine.drawn.logprob == pytest.approx(cold_one.drawn.logprob, abs=TIE), at
+    return 0
+
+
+def compare_all(found: list[Answer], expected: list[Answer]) -> None:
+    n_ties = sum(compare(*pair) for pair in zip(found, expected, strict=True))
+    assert n_ties <= 1 + len(found) // 20
 
 
 def made_up(seed: int, n: int) -> list[int]:
@@ -100,17 +130,19 @@ def mixed_prompts(seed: int, n: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("n_batch", "swa_full"), [(512, True), (32, False)])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 25))])
 async def test_random_mixes_draw_what_a_cold_engine_draws(
-    families: dict[str, Path], family: str, n_batch: int, swa_full: bool, monkeypatch: pytest.MonkeyPatch
+    families: dict[str, Path], family: str, n_batch: int, swa_full: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some together, some after one another, some cancelled at any moment, with a store that keeps only a few."""
     # A small batch makes the sliding window's ring small, and cuts prompts at many places.
     monkeypatch.setattr("engine.engine.N_BATCH", n_batch)
     path = families[family]
-    prompts = mixed_prompts(n_batch, 40)
+    prompts = mixed_prompts(n_batch + 1000 * seed, 40)
     expected = await cold(path, prompts)
-    assert len(set(expected)) > len(prompts) // 2
-    random = Random(7)
+    assert len({tuple(step.drawn.token for step in answer) for answer in expected}) > len(prompts) // 2
+    found: dict[int, Answer] = {}
+    random = Random(seed)
     async with engine_on(path, prefix_cache_bytes=400_000, swa_full=swa_full) as engine:
         waiting = list(enumerate(prompts))
         while waiting:
@@ -127,9 +159,10 @@ async def test_random_mixes_draw_what_a_cold_engine_draws(
                     )
                 engine.cancel(each)
             for at, each in sequences:
-                assert await text_of(each) == expected[at], (family, at)
+                found[at] = await answer_of(each)
             for each in leaving:
                 await each.listener.finished()  # type: ignore[attr-defined]
+        compare_all([found[at] for at in range(len(prompts))], expected)
         counters = engine.counters
         assert counters.n_cached_tokens > 2000
         assert counters.n_states_saved > 0
@@ -146,7 +179,7 @@ async def test_a_conversation_never_reads_its_history_again(families: dict[str, 
             each = asked(history, max_tokens=16)
             read_before = engine.counters.n_prefill_tokens
             await run(engine, each)
-            turns.append((list(history), await text_of(each)))
+            turns.append((list(history), await answer_of(each)))
             n_new = engine.counters.n_prefill_tokens - read_before
             if turn:
                 # The message itself, and the answer's last token, which nobody had evaluated.
@@ -155,7 +188,7 @@ async def test_a_conversation_never_reads_its_history_again(families: dict[str, 
             # The next turn's prompt holds the answer: its bytes are its tokens.
             history = [*history, *drawn(engine, each), *made_up(40 + turn, 10)]
     expected = await cold(path, [prompt for prompt, _ in turns], max_tokens=16)
-    assert [text for _, text in turns] == expected
+    compare_all([answer for _, answer in turns], expected)
 
 
 def drawn(engine: Engine, each: Sequence) -> list[int]:
@@ -176,7 +209,7 @@ async def test_requests_that_arrive_together_read_their_beginning_once(families:
         together = [asked(prompt) for prompt in prompts]
         for each in together:
             engine.submit(each)
-        assert [await text_of(each) for each in together] == expected
+        compare_all([await answer_of(each) for each in together], expected)
         assert engine.counters.n_prefill_tokens == len(SYSTEM) + 6 * 12
         assert engine.counters.n_cached_tokens == 5 * len(SYSTEM)
         assert engine.counters.n_prefix_hits == 5
@@ -198,16 +231,18 @@ async def test_a_follower_of_one_that_was_cancelled_is_right(families: dict[str,
             for each in staying:
                 engine.submit(each)
             engine.cancel(leaving)
-            assert [await text_of(each) for each in staying] == expected[1:]
+            compare_all([await answer_of(each) for each in staying], expected[1:])
 
 
 async def test_the_same_prompt_again_reads_one_token(families: dict[str, Path]) -> None:
     for family, path in families.items():
         async with engine_on(path) as engine:
-            first = await run(engine, asked(SYSTEM))
+            first = asked(SYSTEM)
+            await run(engine, first)
             read = engine.counters.n_prefill_tokens
             again = asked(SYSTEM)
-            assert (await run(engine, again)).text == first.text
+            await run(engine, again)
+            compare_all([await answer_of(again)], [await answer_of(first)])
             assert engine.counters.n_prefill_tokens == read + 1, family
             assert again.n_cached == len(SYSTEM) - 1
 
@@ -226,8 +261,7 @@ async def test_an_evicted_conversation_comes_back_from_the_store(families: dict[
             assert engine.counters.n_states_restored > 0, family
             # A hybrid's store has the state of the prompt already, and does without the answer's few tokens.
             assert back.n_cached in (len(history) - 3, first.n_prompt - 1), family
-            text = back.listener.text  # type: ignore[attr-defined]
-        assert await cold(path, [history]) == [text], family
+        compare_all([await answer_of(back)], await cold(path, [history]))
 
 
 async def test_a_window_that_has_moved_on_is_not_reused_and_says_so(
@@ -241,8 +275,9 @@ async def test_a_window_that_has_moved_on_is_not_reused_and_says_so(
     expected = await cold(path, prompts)
     async with engine_on(path, n_slots=1, swa_full=False) as engine:
         sequences = [asked(prompt) for prompt in prompts]
-        texts = [(await run(engine, each)).text for each in sequences]
-        assert texts == expected
+        for each in sequences:
+            await run(engine, each)
+        compare_all([await answer_of(each) for each in sequences], expected)
         assert [each.n_cached for each in sequences] == [0, 0, 150]
         assert engine.counters.n_prefix_refused == 1
         assert "sliding window" in engine.counters.prefix_reuse
@@ -254,7 +289,9 @@ async def test_a_recurrent_state_is_not_cut_and_says_so(families: dict[str, Path
     expected = await cold(families["lfm2"], prompts)
     async with engine_on(families["lfm2"], n_slots=1) as engine:
         sequences = [asked(prompt) for prompt in prompts]
-        assert [(await run(engine, each)).text for each in sequences] == expected
+        for each in sequences:
+            await run(engine, each)
+        compare_all([await answer_of(each) for each in sequences], expected)
         assert [each.n_cached for each in sequences] == [0, 0, len(SYSTEM)]
         assert engine.counters.n_prefix_refused == 1
         assert "recurrent" in engine.counters.prefix_reuse
@@ -287,7 +324,7 @@ async def test_a_cancel_in_a_hybrid_aborts_nobody_elses_batch(families: dict[str
             each = asked(staying[turn % 4])
             engine.submit(each)
             engine.cancel(leaving)
-            assert await text_of(each) == expected[turn % 4], turn
+            compare_all([await answer_of(each)], [expected[turn % 4]])
             await leaving.listener.finished()  # type: ignore[attr-defined]
 
 
@@ -295,7 +332,7 @@ async def test_a_state_that_cannot_be_restored_is_read_anew(
     families: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [[*SYSTEM, *made_up(seed, 12)] for seed in range(1, 4)]
-    for family, path in families.items():
+    for path in families.values():
         expected = await cold(path, prompts)
 
         def forced_failure(context: LlamaContext, slot: int, blob: object) -> bool:
@@ -308,7 +345,7 @@ async def test_a_state_that_cannot_be_restored_is_read_anew(
                 together = [asked(prompt) for prompt in prompts]
                 for each in together:
                     engine.submit(each)
-                assert [await text_of(each) for each in together] == expected, family
+                compare_all([await answer_of(each) for each in together], expected)
                 assert [each.n_cached for each in together] == [0, 0, 0]
 
 
