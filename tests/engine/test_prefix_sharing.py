@@ -342,6 +342,11 @@ async def test_a_state_that_cannot_be_restored_is_read_anew(
         with monkeypatch.context() as patch:
             patch.setattr(LlamaContext, "restore", forced_failure)
             async with engine_on(path) as engine:
+                filling = [asked(made_up(90 + slot, 350)) for slot in range(3)]
+                for each in filling:
+                    engine.submit(each)
+                for each in filling:
+                    await answer_of(each)
                 together = [asked(prompt) for prompt in prompts]
                 for each in together:
                     engine.submit(each)
