@@ -33,7 +33,7 @@ def detect(info: ModelInfo) -> tuple[CapabilityClaim, ...]:
         Capability.EMBEDDINGS: _embeddings(info, generates),
         Capability.REASONING: _reasoning(info, generates),
         Capability.TOOL_CALLING: _tools(info, generates),
-        Capability.GRAMMAR_CONSTRAINED: (False, "constrained sampling is not served by this version"),
+        Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
     }
     return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
 
@@ -60,6 +60,14 @@ def _reasoning(info: ModelInfo, generates: bool) -> tuple[bool, str]:
         if info.chat_template and mark in info.chat_template:
             return served, f"the chat template writes {mark}{but}"
     return False, "neither vocabulary nor chat template know a mark of reasoning"
+
+
+def _grammar(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+    if not generates:
+        return False, "generates no text"
+    if not info.n_vocab:
+        return False, "the file has no vocabulary"
+    return True, f"a vocabulary of {info.n_vocab} tokens, each allowed or not at every step"
 
 
 def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:

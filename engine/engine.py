@@ -17,11 +17,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.constraint import ConstraintFailedError
 from engine.counters import EngineCounters
 from engine.llama import (
     DECODE_ABORTED,
@@ -498,6 +500,14 @@ class Engine:
             return
         if sequence.chain is not None:
             token = sequence.chain.draw(context, position)
+        if sequence.constraint is not None:
+            chain = sequence.chain
+            redraw = (lambda: int(logits.argmax())) if chain is None else partial(chain.draw, context, position)
+            try:
+                token = sequence.constraint.choose(logits, token, redraw)
+            except ConstraintFailedError as error:
+                self._finish(context, scheduler, sequence, "error", f"the constraint cannot go on: {error}")
+                return
         if sequence.penalties is not None:
             sequence.penalties.accept(token)
         sequence.state = SequenceState.DECODE
@@ -514,7 +524,7 @@ class Engine:
                 raw, token, n_top=sequence.n_logprobs, piece=lambda each: model.piece(each, special=True)
             )
         self._outbox.append(TokenEmitted(sequence, now, text, logprobs))
-        if stopped:
+        if stopped or (sequence.constraint is not None and sequence.constraint.finished):
             self._finish(context, scheduler, sequence, "stop")
         elif sequence.n_drawn >= sequence.max_tokens or sequence.n_past + 1 >= sequence.n_ctx:
             self._finish(context, scheduler, sequence, "length")

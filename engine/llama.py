@@ -252,6 +252,19 @@ class LlamaModel:
         with self._open():
             return str(lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", errors="replace"))
 
+    def texts(self) -> list[bytes]:
+        """Every token's bytes, in order of the ids; empty for control tokens and for marks such as `<think>`. Some
+        100 ms for 152k tokens."""
+        marks = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_UNKNOWN | lib.LLAMA_TOKEN_ATTR_UNUSED
+        found = []
+        for token in range(self.n_vocab):
+            with self._open():
+                attributes = lib.llama_vocab_get_attr(self._vocab, token)
+            text = b"" if attributes & marks else self.piece(token, special=False)
+            is_mark = attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED and text[:1] == b"<" and text[-1:] == b">"
+            found.append(b"" if is_mark else text)
+        return found
+
     def piece(self, token: int, *, special: bool) -> bytes:
         """The bytes a token stands for; control tokens are empty unless `special`. Cached by id."""
         cache = self._special_pieces if special else self._pieces

@@ -19,6 +19,7 @@ from engine.output import TextAssembler
 from engine.sampling import SamplerSpec
 
 if TYPE_CHECKING:
+    from engine.constraint import Matcher
     from engine.logprobs import StepLogprobs
     from engine.prefix_cache import Plan
 
@@ -44,6 +45,7 @@ class Sequence:
         listener: called on the loop's thread with each event of this sequence.
         priority: a higher one is admitted earlier.
         n_logprobs: how many of the likeliest tokens are told with each drawn one (0-20); None tells no log-probability.
+        constraint: what the answer must match; it then ends where that ends.
         ids: the prompt as an array, for comparing.
         n_cached: tokens of the prompt that were taken over from an earlier reading.
         leader: a sequence that is reading what this one begins with; it is waited for until it has read `fork` tokens.
@@ -60,6 +62,7 @@ class Sequence:
     special: bool = False
     priority: int = 0
     n_logprobs: int | None = None
+    constraint: Matcher | None = None
 
     cancelled: bool = False
     state: SequenceState = SequenceState.WAITING

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.fleet import Fleet
 from engine.generation import Generation
@@ -32,10 +32,12 @@ from infsvc.errors import (
     ModelNotLoaded,
     QueueFull,
     RequestError,
-    Unsupported,
 )
 from infsvc.events import EventBus, RequestFinished, RequestStarted
 from infsvc.types import CompletionReply, CompletionRequest, Message, ModelState, Params, new_req_id
+
+if TYPE_CHECKING:
+    from engine.constraint import Grammars
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +98,9 @@ class InferenceRequest:
 class InferenceService:
     """Admits requests to the fleet's engines."""
 
-    def __init__(self, fleet: Fleet, *, events: EventBus, node: str) -> None:
+    def __init__(self, fleet: Fleet, *, events: EventBus, node: str, grammars: Grammars | None = None) -> None:
         self._fleet, self._events, self._node = fleet, events, node
+        self._grammars = grammars
         self.draining = False
 
     def resolve(self, model: str | None) -> Worker:
@@ -197,14 +200,19 @@ class InferenceService:
                 model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=retry_after_s(worker)
             )
         with worker.preparing():
-            formatted, tokens, parser = await asyncio.get_running_loop().run_in_executor(
+            params = request.params
+            (formatted, tokens, parser), constraint = await asyncio.get_running_loop().run_in_executor(
                 self._fleet.pool,
-                lambda: worker.prompt(
-                    text=request.input,
-                    messages=request.messages,
-                    raw=request.raw,
-                    think=request.think,
-                    tools=request.tools,
+                lambda: (
+                    worker.prompt(
+                        text=request.input,
+                        messages=request.messages,
+                        raw=request.raw,
+                        think=request.think,
+                        tools=request.tools,
+                        answer_only=params.constrained,
+                    ),
+                    worker.constraint(params, self._grammars),
                 ),
             )
             # The model may have been asked to leave while the prompt was rendered.
@@ -231,7 +239,6 @@ class InferenceService:
                 on_token=worker.stats.token,
                 on_done=lambda done: self._done(worker, done),
             )
-            params = request.params
             sequence = Sequence(
                 prompt=tokens,
                 sampler=SamplerSpec.from_params(params, n_ctx=worker.n_ctx),
@@ -243,6 +250,7 @@ class InferenceService:
                 special=request.raw,
                 priority=request.priority,
                 n_logprobs=request.n_logprobs,
+                constraint=constraint,
             )
             generation.attach(sequence)
             worker.requests[_free_key(worker, request.req_id)] = generation
@@ -264,9 +272,15 @@ class InferenceService:
     def _check_supported(request: InferenceRequest) -> None:
         if request.n_logprobs is not None and not 0 <= request.n_logprobs <= MAX_TOP:
             raise BadRequest(f"at most {MAX_TOP} of the likeliest tokens can be told", param="top_logprobs")
-        for name in ("grammar", "json_schema"):
-            if getattr(request.params, name) is not None:
-                raise Unsupported(f"params.{name}", "constrained sampling is not served by this version")
+        params = request.params
+        if params.grammar is not None and params.json_schema is not None:
+            raise BadRequest("params.grammar and params.json_schema exclude each other", param="params.json_schema")
+        if params.constrained and params.ignore_eos:
+            raise BadRequest(
+                "a constrained answer ends where its grammar says: leave ignore_eos out", param="params.ignore_eos"
+            )
+        if params.constrained and request.think:
+            raise BadRequest("a constrained answer comes without reasoning: leave think out", param="think")
 
     def _done(self, worker: Worker, generation: Generation) -> None:
         reply = generation.reply
@@ -357,8 +371,15 @@ def _asked(request: InferenceRequest) -> dict[str, Any]:
         "raw_input": raw_input,
         "input_len": len(raw_input),
         "params_json": json.dumps(request.params.model_dump(exclude_none=True, exclude_defaults=True)),
-        "grammar_used": request.params.grammar,
+        "grammar_used": _grammar_used(request.params),
     }
+
+
+def _grammar_used(params: Params) -> str | None:
+    """The grammar's name or text, or the schema as JSON."""
+    if params.json_schema is None:
+        return params.grammar
+    return json.dumps(params.json_schema, ensure_ascii=False)
 
 
 def retry_after_s(worker: Worker) -> int:

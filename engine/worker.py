@@ -34,12 +34,14 @@ from infsvc.types import (
     Message,
     ModelInfoDocument,
     ModelState,
+    Params,
     QueueMetrics,
     backpressure_level,
     human_count,
 )
 
 if TYPE_CHECKING:
+    from engine.constraint import Constraints, Grammars, Matcher
     from engine.download import Progress
     from engine.engine import Engine
 
@@ -97,6 +99,7 @@ class Worker:
         self.n_queued_durable = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._constraints: tuple[Engine, Constraints] | None = None
         self._events = events
         self._node, self._start_time = node, start_time
 
@@ -193,6 +196,26 @@ class Worker:
                 )
             )
 
+    def constraint(self, params: Params, grammars: Grammars | None) -> Matcher | None:
+        """What the parameters constrain the answer to, compiled; None for nothing. Any thread, while the engine is
+        open; blocks for milliseconds, at a model's first one for up to a second.
+
+        Raises:
+            UnknownGrammar, GrammarInvalid, SchemaInvalid: with the parameter's name.
+        """
+        if not params.constrained:
+            return None
+        # Here, on a pool's thread: it takes numpy and llguidance along, for which the first frame need not wait.
+        from engine.constraint import Constraints, matcher_for
+
+        engine, known = self.engine, self._constraints
+        if engine is None:
+            raise ModelNotLoaded(self.name, self.state.replace("_", " "), self.reason)
+        if known is None or known[0] is not engine:
+            model = engine.model
+            known = self._constraints = (engine, Constraints(model.texts, model.eog.tolist()))
+        return matcher_for(params, known[1], grammars)
+
     def prompt(
         self,
         *,
@@ -201,8 +224,13 @@ class Worker:
         raw: bool,
         think: bool | None,
         tools: tuple[Tool, ...] = (),
+        answer_only: bool = False,
     ) -> tuple[str, list[int], ReasoningParser]:
         """Renders and tokenises. Any thread, while the engine is open.
+
+        Args:
+            answer_only: the model is to answer at once: no reasoning is asked for, and one that the template has
+                opened is closed, so that the first token is the answer's.
 
         Returns:
             The text the model reads, its token ids, and the parser for what it answers.
@@ -226,13 +254,16 @@ class Worker:
                 "or put a prompt_template.json beside its file",
                 param="raw",
             )
-        rendered = form.render(turns, think=think, tools=tools)
+        rendered = form.render(turns, think=False if answer_only else think, tools=tools)
+        if answer_only and rendered.rstrip().endswith("<think>"):
+            rendered = rendered.rstrip() + "\n\n</think>\n\n"
         bos = model.token_text(model.bos)
         # A template that writes the BOS itself must not get a second one from the vocabulary.
         bare = rendered.removeprefix(bos) if bos and model.adds_bos else rendered
         tokens = model.tokenize(bare, add_special=True, parse_special=True)
         inside = rendered.rstrip().endswith("<think>")
-        return rendered, tokens, ReasoningParser(enabled=self.has(Capability.REASONING), inside=inside)
+        reasons = self.has(Capability.REASONING) and not answer_only
+        return rendered, tokens, ReasoningParser(enabled=reasons, inside=inside)
 
     @property
     def level(self) -> Literal["healthy", "warning", "critical"]:

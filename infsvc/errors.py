@@ -18,11 +18,16 @@
         │   └── Unsupported      a field that changes meaning and is not supported
         ├── UnknownModel         404
         ├── UnknownRequest       404
+        ├── UnknownGrammar       404
         ├── NotFound             404
         ├── MethodNotAllowed     405
         ├── Conflict             409   a req_id that belongs to another body
         ├── Removed              410   an operator took it out of the queue
+        ├── GrammarConflict      409   a name that is taken, or a grammar that ships
         ├── TooLarge             413
+        ├── ConstraintError      422  what an answer should be constrained to cannot be
+        │   ├── GrammarInvalid   line and column
+        │   └── SchemaInvalid    the path in the schema
         ├── QueueFull            429
         ├── ClientGone           499
         ├── EngineFailed         500
@@ -196,6 +201,17 @@ class UnknownRequest(RequestError):
     code = "request_not_found"
 
 
+class UnknownGrammar(RequestError):
+    status = 404
+    code = "grammar_not_found"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(
+            f"no grammar {name!r} is stored: GET /grammars lists them; a text with ::= is taken as a grammar itself"
+        )
+
+
 class NotFound(RequestError):
     status = 404
     code = "not_found"
@@ -206,12 +222,51 @@ class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
 
 
+class GrammarConflict(RequestError):
+    status = 409
+    code = "grammar_conflict"
+
+
 class TooLarge(RequestError):
     status = 413
     code = "too_large"
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"the body is larger than {limit_bytes / 2**20:.0f} MiB")
+
+
+class ConstraintError(RequestError):
+    """A grammar or schema that no answer can be constrained to."""
+
+    status = 422
+    code = "constraint_invalid"
+
+
+class GrammarInvalid(ConstraintError):
+    """A grammar that does not compile. `line` and `column` count from 1; None where it is the grammar as a whole."""
+
+    code = "grammar_invalid"
+
+    def __init__(self, message: str, *, line: int | None = None, column: int | None = None) -> None:
+        self.line, self.column = line, column
+        super().__init__(message)
+
+    def native(self, req_id: str | None) -> dict[str, Any]:
+        place = {} if self.line is None else {"line": self.line, "column": self.column}
+        return super().native(req_id) | place
+
+
+class SchemaInvalid(ConstraintError):
+    """A JSON Schema that cannot be enforced in full. `path` is a JSON pointer, as in `#/properties/age`."""
+
+    code = "schema_invalid"
+
+    def __init__(self, message: str, *, path: str) -> None:
+        self.path = path
+        super().__init__(f"{path}: {message}")
+
+    def native(self, req_id: str | None) -> dict[str, Any]:
+        return super().native(req_id) | {"path": self.path}
 
 
 class QueueFull(RequestError):

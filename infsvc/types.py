@@ -95,6 +95,11 @@ class Params(Wire):
             raise ValueError("a token id that is named twice")
         return ids
 
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar or a schema says what the answer looks like."""
+        return self.grammar is not None or self.json_schema is not None
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
