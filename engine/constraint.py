@@ -289,9 +289,9 @@ def matcher_for(params: Params, constraints: Constraints, grammars: Grammars | N
         stored = None if grammars is None else grammars.find(text)
         if stored is None:
             raise UnknownGrammar(text)
-        return (
-            constraints.schema(json.loads(stored.content)) if stored.is_schema else constraints.grammar(stored.content)
-        )
+        if stored.is_schema:
+            return constraints.schema(_parsed(stored.content))
+        return constraints.grammar(stored.content)
     except (ConstraintError, UnknownGrammar, BadRequest) as error:
         error.param = param
         raise
@@ -303,12 +303,17 @@ _BYTES = Constraints(lambda: [*(bytes([byte]) for byte in range(256)), b""], [25
 def check_stored(content: str, *, schema: bool) -> None:
     """Compiles for a vocabulary of bytes, so that what is stored can be used. Raises what compiling does. Blocks."""
     if schema:
-        try:
-            parsed = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise SchemaInvalid(f"not JSON: {error}", path="#") from None
-        if not isinstance(parsed, dict):
-            raise SchemaInvalid("expected an object", path="#")
-        _BYTES.schema(parsed)
+        _BYTES.schema(_parsed(content))
     else:
         _BYTES.grammar(content)
+
+
+def _parsed(content: str) -> dict[str, Any]:
+    """A schema's text as an object."""
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SchemaInvalid(f"not JSON: {str(error) or 'nested too deeply'}", path="#") from None
+    if not isinstance(parsed, dict):
+        raise SchemaInvalid("expected an object", path="#")
+    return parsed

@@ -29,6 +29,7 @@ from infsvc.home import Home, HomeLock
 from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
 from infsvc.worker_file import write_worker
 from storage.audit_log import AuditLog, AuditReader
+from storage.grammars import GrammarStore
 from storage.node_state import NodeState
 from transports.logs import NodeLog
 from transports.nats.bus import Bus
@@ -111,7 +112,8 @@ class Node:
             start_time=self.start_time,
             memory_limit_bytes=settings.memory_limit,
         )
-        self.service = InferenceService(self.fleet, events=self.events, node=self.name)
+        self.grammars = GrammarStore(home.root / "data/grammars/own", home.shipped / "data/grammars")
+        self.service = InferenceService(self.fleet, events=self.events, node=self.name, grammars=self.grammars)
         self.bus = Bus(
             settings.nats_url, embedded=settings.embedded_nats, home=home, events=self.events, node=self.name
         )

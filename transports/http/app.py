@@ -21,6 +21,7 @@ from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
 from transports.http.admin import Admin
 from transports.http.body import query, shown
 from transports.http.dead_letters import DeadLetterRoutes
+from transports.http.grammars import GrammarRoutes
 from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
 from transports.http.health import Health
 from transports.http.native import Completions
@@ -41,8 +42,11 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
     """
     completions, health, admin = Completions(node, model), Health(node, model), Admin(node, model)
     durable = DeadLetterRoutes(node)
+    grammars = GrammarRoutes(node)
     routes = [
         Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/grammars", grammars.all, methods=["GET", "POST"]),
+        Route("/grammars/{name:path}", grammars.one, methods=["GET", "PUT", "DELETE"]),
         Route("/healthz", health.show),
         Route("/logs", admin.logs),
         Route("/api/services", admin.services),
