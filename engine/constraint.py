@@ -24,6 +24,7 @@ from infsvc.types import Params
 
 _CACHE_ITEMS = 64
 _MAX_PROBES = 64
+_UNSATISFIABLE = "Unsatisfiable"
 
 # Bounds of one compilation and of one mask. At these a mask of 152k tokens takes some 10 ms at worst; the memory of
 # the lexer's states stays below 100 MB.
@@ -89,7 +90,7 @@ class Matcher:
         Raises:
             ConstraintFailedError: no token can follow, or finding out is beyond the limits.
         """
-        if not self._take(token):
+        if not self.take(token):
             np.putmask(logits, ~self._allowed(), -np.inf)
             best = int(logits.argmax())
             if not np.isfinite(logits[best]):
@@ -97,20 +98,21 @@ class Matcher:
             token = redraw()
             # A draw may land on a masked one by a rounding.
             token = token if np.isfinite(logits[token]) else best
-            if not self._take(token):
+            if not self.take(token):
                 self._fail("the constraint contradicts itself")
-        self.finished = self._native.is_stopped()
         return token
+
+    def take(self, token: int) -> bool:
+        """Goes one token on, if it is allowed. Raises `ConstraintFailedError` beyond the limits."""
+        taken = bool(self._native.try_consume_tokens([token]) == 1)
+        if self._native.is_error():
+            self._fail(self._native.get_error())
+        self.finished = self._native.is_stopped()
+        return taken
 
     def allowed(self) -> npt.NDArray[np.int64]:
         """The tokens that may come next. Raises `ConstraintFailedError` beyond the limits."""
         return np.flatnonzero(self._allowed())
-
-    def _take(self, token: int) -> bool:
-        taken = self._native.try_consume_tokens([token]) == 1
-        if not taken and self._native.is_error():
-            self._fail(self._native.get_error())
-        return taken
 
     def _allowed(self) -> npt.NDArray[np.bool_]:
         self._native.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
@@ -202,7 +204,9 @@ class Constraints:
         inner = _under_definition(schema, pointers)
         for pointer in sorted(pointers, key=lambda each: -each.count("/"))[:_MAX_PROBES]:
             probe = {"$ref": "#/$defs/whole" + pointer.removeprefix("#"), "$defs": {"whole": inner}}
-            if pointer != "#" and (fault := self._fault(self._compiled(_schema_lark(probe)))):
+            fault = "" if pointer == "#" else self._fault(self._compiled(_schema_lark(probe)))
+            # One that nothing fits is a fault only where it is the whole's.
+            if fault and (_UNSATISFIABLE in why or _UNSATISFIABLE not in fault) and "schema is false" not in fault:
                 where, why = pointer, fault
                 break
         raise SchemaInvalid(why, path=where)
