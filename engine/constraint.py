@@ -24,6 +24,7 @@ from infsvc.types import Params
 
 _CACHE_ITEMS = 64
 _MAX_PROBES = 64
+_NO_TOKEN = "no token of this model's vocabulary fits here"
 _UNSATISFIABLE = "Unsatisfiable"
 
 # Bounds of one compilation and of one mask. At these a mask of 152k tokens takes some 10 ms at worst; the memory of
@@ -94,7 +95,7 @@ class Matcher:
             np.putmask(logits, ~self._allowed(), -np.inf)
             best = int(logits.argmax())
             if not np.isfinite(logits[best]):
-                self._fail("no token of this model's vocabulary fits the constraint here")
+                self._fail(_NO_TOKEN)
             token = redraw()
             # A draw may land on a masked one by a rounding.
             token = token if np.isfinite(logits[token]) else best
@@ -192,7 +193,7 @@ class Constraints:
             native = self._compiled(lexemes.to_lark(rules, whole=whole))
             if not (why := self._fault(native)):
                 return native
-        raise GrammarInvalid(f"the grammar is too complex: {why}")
+        raise GrammarInvalid(f"the grammar cannot be used: {why}")
 
     def _compiled_schema(self, schema: dict[str, Any], pointers: list[str]) -> llguidance.LLMatcher:
         native = self._compiled(_schema_lark(schema))
@@ -225,7 +226,7 @@ class Constraints:
             fits = Matcher(native.deep_copy(), self._n_vocab, lambda: None).allowed()
         except ConstraintFailedError as error:
             return str(error)
-        return "" if fits.size else "no token of this model's vocabulary can begin it"
+        return "" if fits.size else _NO_TOKEN
 
 
 class _Tokens:
@@ -265,6 +266,8 @@ def _said(message: str) -> str:
     """llguidance's message in one line, without its place in the text that was made for it."""
     if "oneOf constraints" in message:
         return "oneOf is enforced only where its alternatives cannot overlap: use anyOf, or make their types differ"
+    if message.startswith("NoExtension"):
+        return _NO_TOKEN
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown fault"]
     said = re.sub(r"^(at )?\d+\(\d+\): ", "", lines[0]).removeprefix("failed to compile JSON schema: ")
     # A regular expression's fault stands in its last line.

@@ -61,8 +61,8 @@ def test_chat_says_what_is_wrong(infsvc: Run) -> None:
     assert (unknown.returncode, "no model 'nobody'" in unknown.stderr) == (1, True)
     silent = infsvc("chat", "-s", "inference.request.nobody", "--input", "x")
     assert (silent.returncode, "nobody answers on" in silent.stderr) == (1, True)
-    grammar = infsvc("chat", "--input", "x", "--grammar", "yes_no")
-    assert (grammar.returncode, "params.grammar is not supported" in grammar.stderr) == (1, True)
+    grammar = infsvc("chat", "--input", "x", "--grammar", "nobody")
+    assert (grammar.returncode, "no grammar 'nobody' is stored" in grammar.stderr) == (1, True)
     assert infsvc("chat", "-m", "a", "-s", "b", "--input", "x").returncode == 2
     assert infsvc("chat", stdin="").returncode == 2
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.constraint import Grammars
 from engine.engine import Engine, EngineOptions
 from engine.fleet import Fleet
 from engine.sampling import SamplerSpec
@@ -139,7 +140,7 @@ def worker_settings(name: str, **keys: Any) -> WorkerSettings:
 
 @asynccontextmanager
 async def running_node(
-    root: Path, *settings: WorkerSettings, memory_limit_bytes: int | None = None
+    root: Path, *settings: WorkerSettings, memory_limit_bytes: int | None = None, grammars: Grammars | None = None
 ) -> AsyncIterator[Node]:
     """A node's engine rooms over a home folder of their own, without doors."""
     bus = EventBus("here")
@@ -155,7 +156,7 @@ async def running_node(
         start_time="2026-01-01T00:00:00Z",
         memory_limit_bytes=memory_limit_bytes,
     )
-    node = Node(fleet, InferenceService(fleet, events=bus, node="here"), sinks)
+    node = Node(fleet, InferenceService(fleet, events=bus, node="here", grammars=grammars), sinks)
     bus.listen(node.events.append)
     try:
         yield node

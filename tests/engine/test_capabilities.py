@@ -26,9 +26,14 @@ def test_a_generative_model(tiny_model: Path) -> None:
     assert not found[Capability.REASONING].present
     assert not found[Capability.TOOL_CALLING].present
     assert found[Capability.TOOL_CALLING].evidence == "the chat template has no place for tools"
+    grammar = found[Capability.GRAMMAR_CONSTRAINED]
+    assert (grammar.present, grammar.evidence) == (
+        True,
+        "a vocabulary of 259 tokens, each allowed or not at every step",
+    )
 
 
-@pytest.mark.parametrize("capability", [Capability.EMBEDDINGS, Capability.GRAMMAR_CONSTRAINED, Capability.TOOL_CALLING])
+@pytest.mark.parametrize("capability", [Capability.EMBEDDINGS, Capability.TOOL_CALLING])
 def test_what_this_version_does_not_serve_is_not_claimed(tmp_path: Path, capability: Capability) -> None:
     template = CHATML + "{% if tools %}{{ tools | tojson }}{% endif %}"
     claim = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=template))[capability]
@@ -45,6 +50,7 @@ def test_an_embedding_model_claims_no_text(tmp_path: Path) -> None:
     assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type mean")
     assert not found[Capability.REASONING].present
     assert not found[Capability.TOOL_CALLING].present
+    assert not found[Capability.GRAMMAR_CONSTRAINED].present
 
 
 def test_an_unknown_pooling_type_is_an_embedding_model_too(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from infsvc.errors import SchemaInvalid
 
 constraints = Constraints(lambda: [*(bytes([byte]) for byte in range(256)), b""], [256])
 
+EMPTY_RANGE = {"type": "integer", "minimum": 5, "maximum": 3}
 TREE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"], "additionalProperties": False}
 
 
@@ -29,7 +30,7 @@ def nested(n: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "path", "message"),
     [
-        *(({name: {}}, f"#/{name}", f"the keyword {name} cannot") for name in sorted(json_schema.NOT_ENFORCED - {"$id"})),
+        *(({name: {}}, f"#/{name}", f"the keyword {name} cannot") for name in sorted(json_schema.NOT_ENFORCED)),
         ({"uniqueItems": True}, "#/uniqueItems", "uniqueItems cannot"),
         ({"surprise": 1}, "#/surprise", "no keyword 'surprise'"),
         ({"x-guidance": {"lenient": True}}, "#/x-guidance", "no keyword"),
@@ -62,7 +63,7 @@ def nested(n: int) -> dict[str, Any]:
         ({"pattern": "a" * 1001}, "#/pattern", "more than 1000"),
         ({"pattern": "("}, "#", "unclosed group"),
         ({"properties": {"a": {"pattern": "a(?=b)"}}}, "#/properties/a", "look-ahead"),
-        ({"type": "array", "items": {"type": "integer", "minimum": 5, "maximum": 3}, "minItems": 1}, "#/items", "greater"),
+        ({"type": "array", "items": EMPTY_RANGE, "minItems": 1}, "#/items", "greater than"),
         ({"properties": {"a": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}}, "#/properties/a", "use anyOf"),
         ({"required": ["a"], "additionalProperties": False, "type": "object"}, "#", "'a' is unsatisfiable"),
         ({"$ref": "http://elsewhere/x"}, "#/$ref", "within this document"),
@@ -103,7 +104,10 @@ FITS: list[dict[str, Any]] = [
     {"type": "array", "prefixItems": [{"const": 1}, {"const": "x"}], "items": False, "minItems": 2},
     {
         "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "age": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
         "required": ["name", "age"],
         "additionalProperties": False,
     },
@@ -118,7 +122,10 @@ FITS: list[dict[str, Any]] = [
         "$defs": {
             "node": {
                 "type": "object",
-                "properties": {"value": {"enum": [1, 2]}, "left": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+                "properties": {
+                    "value": {"enum": [1, 2]},
+                    "left": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
+                },
                 "required": ["value", "left"],
                 "additionalProperties": False,
             }

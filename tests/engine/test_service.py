@@ -23,7 +23,6 @@ from infsvc.errors import (
     ModelNotLoaded,
     QueueFull,
     UnknownModel,
-    Unsupported,
 )
 from infsvc.events import RequestFinished, RequestStarted
 from infsvc.types import CompletionRequest, Message, Params
@@ -213,14 +212,6 @@ async def test_a_prompt_longer_than_the_context_names_both_counts(node: Node) ->
     row = node.sinks["a"].rows[0]
     assert (row.status, row.tokens_in) == ("rejected", 256)
     assert (await node.service.complete(ask("x" * 255, raw=True))).tokens_out == 1
-
-
-@pytest.mark.parametrize("field", [{"grammar": 'root ::= "x"'}, {"json_schema": {"type": "object"}}])
-async def test_a_grammar_is_not_supported_yet(node: Node, field: dict[str, Any]) -> None:
-    with pytest.raises(Unsupported, match=f"params.{next(iter(field))} is not supported") as caught:
-        await node.service.submit(ask(params=field))
-    assert (caught.value.status, caught.value.param) == (400, f"params.{next(iter(field))}")
-    assert rejected(node)[0] == "rejected"
 
 
 async def test_nothing_to_read(node: Node) -> None:
