@@ -4,6 +4,7 @@ say nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def write_tiny_model(
     n_ctx: int = 2048,
     chat_template: str | None = CHATML,
     special: tuple[str, ...] = (),
+    words: Sequence[str] = (),
     pooling: int | None = None,
     quantise: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
     seed: int = 0,
@@ -49,14 +51,16 @@ def write_tiny_model(
 
     Args:
         n_vocab: at least the 256 bytes and the special tokens; more are filled with made-up words. 0: just those.
+        words: the fillers instead of made-up ones, in the symbols of `byte_symbols`.
         special: further user-defined tokens, such as `<think>`.
         pooling: a pooling type in the header, as embedding models have.
     """
     random = np.random.default_rng(seed)
     tokens = [*byte_symbols(), "<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     types = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.USER_DEFINED] * len(special)
+    fillers = iter(words)
     while len(tokens) < n_vocab:
-        tokens.append(f"w{len(tokens)}")
+        tokens.append(next(fillers, f"w{len(tokens)}"))
         types.append(gguf.TokenType.NORMAL)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")

@@ -83,7 +83,7 @@ def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
     assert any(line.split()[:3] == ["tiny", "online", "llama"] for line in table)
     services = {service["model_name"]: service for service in json.loads(infsvc("status", "--json").stdout)}
     assert services["tiny"]["status"] == "online"
-    assert services["tiny"]["capabilities"] == ["text-generation"]
+    assert services["tiny"]["capabilities"] == ["text-generation", "grammar-constrained"]
 
 
 def test_start_and_stop_make_use_of_one_node(infsvc: Run) -> None:

@@ -24,6 +24,7 @@ from infsvc.home import Home
 from infsvc.settings import Address, NodeSettings, WorkerSettings
 from infsvc.types import ModelState
 from storage.audit_log import AuditLog, AuditReader
+from storage.grammars import GrammarStore
 from transports.http.app import build_app
 from transports.http.server import HttpServer
 
@@ -112,7 +113,8 @@ class ScriptedNode:
             node=self.name,
             start_time=self.start_time,
         )
-        self.service = InferenceService(self.fleet, events=self.events, node=self.name)
+        self.grammars = GrammarStore(folder / "grammars", folder / "shipped")
+        self.service = InferenceService(self.fleet, events=self.events, node=self.name, grammars=self.grammars)
         self.engine = ScriptedEngine()
         self.demo = self.make_ready("demo")
         self.loads: list[tuple[str, bool]] = []
