@@ -189,8 +189,9 @@ class Constraints:
 
     def _compiled_grammar(self, text: str) -> llguidance.LLMatcher:
         rules = gbnf.parse(text)
-        for whole in (True, False):
-            native = self._compiled(lexemes.to_lark(rules, whole=whole))
+        larks = dict.fromkeys(lexemes.to_lark(rules, whole=whole) for whole in (True, False))
+        for lark in larks:
+            native = self._compiled(lark)
             if not (why := self._fault(native)):
                 return native
         raise GrammarInvalid(f"the grammar cannot be used: {why}")

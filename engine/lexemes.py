@@ -23,7 +23,6 @@ _MAX_PART_DEPTH = 80
 _MAX_POSITIONS = 400
 _MAX_SUBSETS = 3000
 _MAX_RUN = 12
-_MAX_TRIES = 400
 _MAX_WORK = 200_000
 _MAX_ROUNDS = 12
 
@@ -41,16 +40,41 @@ def to_lark(rules: dict[str, Expr], *, whole: bool = True) -> str:
     plain = _plain(rules)
     if whole and "root" in plain:
         return f"{_OPTIONS}start: T\nT: /{_regex(plain['root'].expr)}/\n"
+    return _OPTIONS + (_joined(rules, plain) or _Lowering(rules, plain, None, {}, _Budget()).text())
+
+
+def _joined(rules: dict[str, Expr], plain: dict[str, _Plain]) -> str | None:
+    """The rules with parts joined into lexemes, or None when finding out which takes too long."""
     banned: set[str] = set()
     judged: dict[str, bool] = {}
-    for _ in range(_MAX_ROUNDS):
-        lowering = _Lowering(rules, plain, banned, judged)
-        text = lowering.text()
-        guilty = _clash(list(lowering.lexemes.values()), lowering.characters)
-        if not guilty:
-            return _OPTIONS + text
-        banned |= guilty
-    return _OPTIONS + _Lowering(rules, plain, None, judged).text()
+    budget = _Budget()
+    try:
+        for _ in range(_MAX_ROUNDS):
+            lowering = _Lowering(rules, plain, banned, judged, budget)
+            text = lowering.text()
+            guilty = _clash(list(lowering.lexemes.values()), lowering.characters, budget)
+            if not guilty:
+                return text
+            banned |= guilty
+    except _OverBudgetError:
+        pass
+    return None
+
+
+class _OverBudgetError(Exception):
+    pass
+
+
+class _Budget:
+    """What the search for lexemes may cost one grammar, in steps of about a microsecond."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_WORK
+
+    def spend(self, n: int) -> None:
+        self._left -= n
+        if self._left < 0:
+            raise _OverBudgetError
 
 
 def for_schema(schema_json: str) -> str:
@@ -154,11 +178,16 @@ class _Lowering:
     """One attempt to write the rules down, with every part that is not banned as a lexeme; None bans all."""
 
     def __init__(
-        self, rules: dict[str, Expr], plain: dict[str, _Plain], banned: set[str] | None, judged: dict[str, bool]
+        self,
+        rules: dict[str, Expr],
+        plain: dict[str, _Plain],
+        banned: set[str] | None,
+        judged: dict[str, bool],
+        budget: _Budget,
     ) -> None:
         self._rules, self._plain, self._banned = rules, plain, banned
         self._names = {name: f"r{i}" for i, name in enumerate(rules)}
-        self._tries = self._work = 0
+        self._budget = budget
         self._judged = judged
         self.lexemes: dict[str, _Lexeme] = {}
         self.characters: set[Ranges] = set()
@@ -216,12 +245,13 @@ class _Lowering:
         """The lexeme's name that these items are together, if they may be one."""
         if self._banned is None or (len(items) == 1 and isinstance(items[0], Chars)):
             return None
-        if self._work > _MAX_WORK:
-            return None
-        if any(isinstance(e, Ref) and e.name not in self._plain for item in items for e in gbnf.walk(item)):
-            return None
+        for item in items:
+            for each in gbnf.walk(item):
+                self._budget.spend(1)
+                if isinstance(each, Ref) and each.name not in self._plain:
+                    return None
         plain = _inlined(gbnf.Sequence(tuple(items)), self._plain)
-        self._work += 20 if plain is None else plain.size
+        self._budget.spend(20 if plain is None else plain.size)
         if plain is None:
             return None
         regex = _regex(plain.expr)
@@ -229,10 +259,7 @@ class _Lowering:
             return None
         if regex not in self.lexemes:
             if regex not in self._judged:
-                self._tries += 1
-                if self._tries > _MAX_TRIES:
-                    return None
-                self._judged[regex] = _is_prefix_code(plain.expr)
+                self._judged[regex] = _is_prefix_code(plain.expr, self._budget)
             if not self._judged[regex]:
                 return None
             lexeme = _Lexeme(f"T{len(self.lexemes)}", regex)
@@ -308,13 +335,16 @@ def _union(sets: Iterable[set[int]]) -> set[int]:
     return set().union(*sets)
 
 
-def _is_prefix_code(expr: Expr) -> bool:
+def _is_prefix_code(expr: Expr, budget: _Budget) -> bool:
     """Whether it may be a lexeme by itself: never empty, and none of its texts begins another."""
     lexeme = _Lexeme("", "")
-    return lexeme.add(expr) and not lexeme.nullable and bool(lexeme.chars) and not _clash([lexeme], set())
+    built = lexeme.add(expr)
+    # Building joins sets of positions with sets of positions.
+    budget.spend(len(lexeme.chars) + sum(map(len, lexeme.follow)))
+    return built and not lexeme.nullable and bool(lexeme.chars) and not _clash([lexeme], set(), budget)
 
 
-def _clash(lexemes: list[_Lexeme], characters: set[Ranges]) -> set[str]:
+def _clash(lexemes: list[_Lexeme], characters: set[Ranges], budget: _Budget) -> set[str]:
     """The lexemes (by regex) that stand in the way of a prefix code of all lexemes and single characters together.
 
     All automata are run side by side over every text, as sets of (lexeme, position): where one of them has ended while
@@ -330,8 +360,10 @@ def _clash(lexemes: list[_Lexeme], characters: set[Ranges]) -> set[str]:
     left = [start]
     while left:
         waiting = left.pop()
+        budget.spend(len(waiting))
         for reached in _steps(automata, waiting):
             ended = {i for i, p in reached if p in automata[i].last}
+            budget.spend(len(reached) + sum(len(automata[i].follow[p]) for i, p in reached))
             onward = frozenset((i, q) for i, p in reached for q in automata[i].follow[p])
             if ended and onward:
                 # What goes on is longer than a character, so it can give way.
