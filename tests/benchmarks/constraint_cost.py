@@ -3,9 +3,9 @@ free, on one engine with a vocabulary of 152k; for each second of the engine thr
 so that busy neighbours do not count.
 
 `python -m tests.benchmarks.constraint_cost [--rounds 3] [--tokens 64] [--layers 24]`. The kinds take turns; medians are
-printed: the ratio to free, which other load on the machine blurs, and the time spent in the constraints themselves. The model has random weights, so nearly every token it draws is refused and a mask is made for
-each: a trained model, whose first candidate mostly fits, pays less. `--layers 2` makes the model itself cheap, and the
-cost look large.
+printed: the ratio to free, which other load on the machine blurs, and the time spent in the constraints themselves. The
+model has random weights, so nearly every token it draws is refused and a mask is made for each: a trained model, whose
+first candidate mostly fits, pays less. `--layers 2` makes the model itself cheap, and the cost look large.
 """
 
 from __future__ import annotations

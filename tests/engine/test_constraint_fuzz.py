@@ -23,8 +23,8 @@ def fuzz(seed: int, n: int, last_words: Path) -> dict[str, Any]:
 
 
 def test_hundreds_of_mutated_grammars_and_schemas(tmp_path: Path) -> None:
-    told = fuzz(1, 1000, tmp_path / "last")
-    assert told["compiled"] > 100
+    told = fuzz(1, 600, tmp_path / "last")
+    assert told["compiled"] > 50
     assert told["refused"] > 100
     assert told["rss_mb"] < 1000
 
