@@ -137,9 +137,10 @@ async def main(rounds: int, n_tokens: int, n_layers: int) -> None:
         }
         for greedy in (True, False):
             turns: dict[str, list[tuple[float, float, float]]] = {kind: [] for kind in kinds}
-            for _ in range(rounds):
-                for kind, make in kinds.items():
-                    made = [make() for _ in range(N_STREAMS)]
+            for i in range(rounds):
+                # Another one goes first in each round.
+                for kind in [*kinds][i % len(kinds) :] + [*kinds][: i % len(kinds)]:
+                    made = [kinds[kind]() for _ in range(N_STREAMS)]
                     matchers = [None if each is None else Timed(each) for each in made]
                     turns[kind].append(await run(engine, matchers, n_tokens, greedy=greedy))
             free = statistics.median(speed for speed, *_ in turns["free"])

@@ -56,6 +56,15 @@ def test_chat_over_http_nats_and_standard_input_gives_one_answer(infsvc: Run) ->
 
 
 @pytest.mark.usefixtures("node")
+def test_chat_with_a_grammar_over_http_and_nats(infsvc: Run) -> None:
+    for door in (("-m", "tiny"), ("-s", "inference.request.tiny")):
+        told = infsvc("chat", *door, "--input", "x", "--grammar", "yes_no")
+        assert (told.returncode, told.stdout in ("yes\n", "no\n")) == (0, True), told.stderr
+        broken = infsvc("chat", *door, "--input", "x", "--grammar", "root ::= x")
+        assert (broken.returncode, "line 1, column 10" in broken.stderr) == (1, True)
+
+
+@pytest.mark.usefixtures("node")
 def test_chat_says_what_is_wrong(infsvc: Run) -> None:
     unknown = infsvc("chat", "-m", "nobody", "--input", "x")
     assert (unknown.returncode, "no model 'nobody'" in unknown.stderr) == (1, True)
