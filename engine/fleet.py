@@ -404,7 +404,7 @@ class Fleet:
 
     def _failed(self, worker: Worker, reason: str) -> None:
         self._reserved_bytes.pop(worker.name, None)
-        worker.engine = None
+        worker.engine = worker.constraints = None
         worker.move(ModelState.FAILED, reason)
 
     async def _drain(self, worker: Worker, grace_s: float) -> None:
@@ -430,4 +430,4 @@ class Fleet:
             if not ended:
                 log.error("an engine does not end", extra={"code": "engine.stuck", "model": worker.name})
         self._reserved_bytes.pop(worker.name, None)
-        worker.engine = worker.format = None
+        worker.engine = worker.format = worker.constraints = None

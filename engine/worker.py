@@ -63,6 +63,8 @@ class Worker:
         reason: why it failed.
         progress: 0..1 while it loads, is fetched or verified.
         pull: the figures of a download while one runs.
+        progress: 0..1 while it loads.
+        constraints: what the engine's vocabulary has been constrained to, and that engine.
         requests: live requests by req_id, in order of arrival.
         n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
         n_queued_durable: requests that wait in the broker's queue, over all nodes; `transports.nats` keeps it true.
@@ -99,7 +101,7 @@ class Worker:
         self.n_queued_durable = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self._constraints: tuple[Engine, Constraints] | None = None
+        self.constraints: tuple[Engine, Constraints] | None = None
         self._events = events
         self._node, self._start_time = node, start_time
 
@@ -208,12 +210,12 @@ class Worker:
         # Here, on a pool's thread: it takes numpy and llguidance along, for which the first frame need not wait.
         from engine.constraint import Constraints, matcher_for
 
-        engine, known = self.engine, self._constraints
+        engine, known = self.engine, self.constraints
         if engine is None:
             raise ModelNotLoaded(self.name, self.state.replace("_", " "), self.reason)
         if known is None or known[0] is not engine:
             model = engine.model
-            known = self._constraints = (engine, Constraints(model.texts, model.eog.tolist()))
+            known = self.constraints = (engine, Constraints(model.texts, model.eog.tolist()))
         return matcher_for(params, known[1], grammars)
 
     def prompt(

@@ -328,3 +328,12 @@ def test_the_cache_is_bounded_and_gives_each_a_fresh_matcher() -> None:
         known.grammar(f'root ::= "x{i}"')
     assert len(known._cache) == 64
     assert first.allowed().tolist() == [98]
+
+
+async def test_a_model_that_is_loaded_again_is_constrained_again(node: Node) -> None:
+    for _ in range(2):
+        assert (await node.service.complete(ask(grammar="yes_no"))).text in ("yes", "no")
+        assert node.fleet.get("a").constraints is not None
+        await node.fleet.unload("a")
+        assert node.fleet.get("a").constraints is None
+        await node.loaded("a")
