@@ -33,7 +33,6 @@ NEEDS_WORKER = test -n "$(WORKER)" || { echo "make $@ WORKER=name; there are:"; 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: $(TARGETS) $(SHORTCUTS)
-.PHONY: help run serve test soak check format bench llama-server demo-model start stop status list-workers build-llama build-llama-cpu build-llama-cuda build-llama-metal wheel wheel-check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -54,11 +53,8 @@ test: $(BIN)/.dev ## install what is missing and run the tests; with WORKER=name
 	@$(BIN)/python -m pytest -q
 endif
 
-soak: $(BIN)/.dev ## the long tests
+soak: $(BIN)/.dev ## the long tests: fuzz in tens of thousands, loads for minutes
 	@$(BIN)/python -m pytest -q -m soak --timeout=1800
-
-soak: $(BIN)/.dev ## the long tests: fuzz in tens of thousands
-	@$(BIN)/python -m pytest -q -m soak
 
 check: $(BIN)/.dev ## format, lint, types, import directions
 	$(BIN)/ruff format --check .

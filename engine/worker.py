@@ -63,7 +63,6 @@ class Worker:
         reason: why it failed.
         progress: 0..1 while it loads, is fetched or verified.
         pull: the figures of a download while one runs.
-        progress: 0..1 while it loads.
         constraints: what the engine's vocabulary has been constrained to, and that engine.
         requests: live requests by req_id, in order of arrival.
         n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
