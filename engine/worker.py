@@ -323,4 +323,6 @@ class Worker:
             worker_count=self.n_slots,
             queue_capacity=self.settings.queue_max_msgs,
             status=self.level,
+            node=self._node,
+            tokens_per_s=round(self.stats.tokens_per_s(), 1),
         )

@@ -27,6 +27,26 @@ REQ_ID_HEADER = "Infsvc-Req-Id"
 TRACE_HEADER = "X-Trace-ID"
 
 
+ALL_HEARTBEATS = "models.*.heartbeat"
+"""Every model's heartbeat, those with dots in the name by their alias."""
+
+ALL_REPORTS = "monitoring.>"
+"""Reports, totals and alerts of every node whose models keep the default MONITORING_TOPIC."""
+
+REPLY_PREFIX = "inference.reply"
+"""Where durable answers go, followed by the `req_id`."""
+
+
+def service(verb: str, *, name: str = "", instance: str = "") -> str:
+    """NATS micro: PING, INFO or STATS, of all services, of those with a name, or of one instance."""
+    return ".".join(part for part in ("$SRV", verb, name, instance) if part)
+
+
+def request(model: str, *, embedding: bool = False) -> str:
+    """Where a model takes requests, unless its worker file names another SUBJECT."""
+    return f"{'embedding' if embedding else 'inference'}.request.{model}"
+
+
 def dotless(name: str) -> str:
     """The model's name as one NATS token."""
     return name.replace(".", "_")

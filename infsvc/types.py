@@ -225,6 +225,8 @@ class HealthDocument(Wire):
 class BackpressureReport(Wire):
     """What `monitoring.inference.<m>` carries."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     model_name: str
     pending_messages: int
     active_processing: int
@@ -232,6 +234,29 @@ class BackpressureReport(Wire):
     worker_count: int
     queue_capacity: int
     status: Literal["healthy", "warning", "critical"]
+    node: str = ""
+    tokens_per_s: float = 0.0
+
+
+class ServiceDocument(HealthDocument):
+    """A health document with what an onlooker knows besides: `/api/services`, and the client's `list_models`.
+
+    Attributes:
+        first_seen: when the onlooker first heard of the model.
+        last_seen: when it last did.
+        uptime: nanoseconds since the node's start.
+        response_time_ms: how long the last answer of `models.<m>.health` took; None while there was none.
+        worker_count: sequences decoded at once; None until the first report.
+        local: whether the model is the answering node's own.
+    """
+
+    first_seen: str
+    last_seen: str
+    uptime: int
+    response_time_ms: float | None = None
+    tokens_per_s: float | None = None
+    worker_count: int | None = None
+    local: bool = False
 
 
 def backpressure_level(n_waiting: int, *, threshold: int, capacity: int) -> Literal["healthy", "warning", "critical"]:

@@ -37,6 +37,8 @@ from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
+from transports.nats.micro import MicroService
+from transports.nats.registry import Registry
 from transports.nats.queue_desk import QueueDesk
 
 if TYPE_CHECKING:
@@ -124,6 +126,8 @@ class Node:
             self.bus, self.fleet, self.service, exchanges, self.durable, self.queue_desk, self.stopping
         )
         self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
+        self.micro = MicroService(self.bus, self.fleet, self.events, node=self.name, start_time=self.start_time)
+        self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None
         self._exits = contextlib.AsyncExitStack()
@@ -160,6 +164,7 @@ class Node:
             for part in (self.bus, self.durable, self._front_door, self._heartbeats):
                 await part.start()
                 exits.push_async_callback(part.close)
+            exits.push_async_callback(self.registry.close)
             self._note("health.started", "heartbeats and health replies")
             self._note("monitoring.started", "backpressure reports")
             sampler = asyncio.create_task(self._sample(), name="sampler")

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, get_args
 
 from starlette.requests import Request
@@ -19,8 +19,9 @@ from starlette.responses import Response
 from engine.model_source import describe
 from engine.worker import Worker
 from infsvc.audit import AuditStatus
-from infsvc.errors import BadRequest, ConfigError, LoadError, StartError, UnknownRequest
+from infsvc.errors import BadRequest, ConfigError, LoadError, NotFound, StartError, UnknownModel, UnknownRequest
 from infsvc.events import Subscription
+from infsvc.roster import iso, uptime_ns
 from infsvc.types import ModelState
 from transports.http.body import query, read_object, shown
 from transports.http.refusals import CannotLoad, Json
@@ -72,25 +73,39 @@ class Admin:
         return self._node.service.resolve(None).name
 
     async def services(self, request: Request) -> Json:
-        """`GET /api/services`: every model of this node."""
+        """`GET /api/services`: every model of this node, then those of other nodes on its broker."""
         query(request)
-        return Json({"services": [self._service(worker) for worker in self._node.fleet.workers.values()]})
+        own = [self._service(worker) for worker in self._node.fleet.workers.values()]
+        return Json({"services": own + [each.model_dump() for each in self._node.registry.services()]})
 
     async def service(self, request: Request) -> Json:
-        """`GET /api/services/<m>`."""
-        query(request)
-        return Json(self._service(self._node.fleet.get(request.path_params["model"])))
+        """`GET /api/services/<m>`: this node's own model, else another node's; `?node=` picks."""
+        model, node = request.path_params["model"], query(request, {"node"}).get("node")
+        own = self._node.fleet.workers.get(model)
+        if own is not None and node in (None, self._node.name):
+            return Json(self._service(own))
+        other = self._node.registry.find(model, node)
+        if other is not None:
+            return Json(other.model_dump())
+        known = {*self._node.fleet.workers, *self._node.registry.roster.models()}
+        if node is not None and model in known:
+            raise NotFound(f"{shown(node)} is no node on this broker that has {model}")
+        raise UnknownModel(model, sorted(known))
 
     def _service(self, worker: Worker) -> dict[str, Any]:
         begun_s = time.perf_counter()
         document = worker.health().model_dump()
-        response_time_ms = round((time.perf_counter() - begun_s) * 1000, 3)
-        now, started = datetime.now(UTC), datetime.fromisoformat(self._node.start_time)
+        in_process_ms = round((time.perf_counter() - begun_s) * 1000, 3)
+        now_s = time.time()
         return document | {
             "first_seen": self._node.start_time,
-            "last_seen": now.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "uptime": max(0, round((now - started).total_seconds() * 1e9)),
-            "response_time_ms": response_time_ms,
+            "last_seen": iso(now_s),
+            "uptime": uptime_ns(self._node.start_time, now_s),
+            # Over the broker as others see it; without one, what the document itself takes.
+            "response_time_ms": self._node.registry.own_response_time_ms.get(worker.name, in_process_ms),
+            "tokens_per_s": round(worker.stats.tokens_per_s(), 1),
+            "worker_count": worker.n_slots,
+            "local": True,
             "state": worker.state.value,
             "file": self._file(worker),
             "claims": [

@@ -27,6 +27,7 @@ from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
 from transports.http.app import build_app
 from transports.http.server import HttpServer
+from transports.nats.registry import Registry
 
 
 async def _nothing_queued(req_id: str) -> bool:
@@ -100,7 +101,11 @@ class ScriptedNode:
         self.events = EventBus(self.name)
         self.stopping = asyncio.Event()
         self.queue_desk = SimpleNamespace(cancel=_nothing_queued)
-        self.bus = SimpleNamespace(state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None))
+        self.bus: Any = SimpleNamespace(
+            state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None),
+            on_connected=lambda callback: None,
+        )
+        self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
         workers = {name: WorkerSettings(model_name=name, queue_max_msgs=3, worker_concurrency=2) for name in MODELS}
         self.audits = {name: AuditLog(folder / f"{name}.sqlite") for name in workers}
         self.logs = AuditReader(self.audits)
