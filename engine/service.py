@@ -78,6 +78,7 @@ class InferenceRequest:
             model=model,
             params=body.params,
             input=body.input,
+            messages=body.messages,
             raw=body.raw,
             req_id=body.req_id or new_req_id(),
             trace_id=body.trace_id or trace_id,

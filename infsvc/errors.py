@@ -4,6 +4,9 @@
     ├── ConfigError              a worker file or a setting is wrong: file, line, key
     ├── HomeError                the home folder cannot be used or is another node's
     ├── StartError               a port is taken, a broker does not start
+    ├── ClientError              a client has no answer
+    │   ├── Unreachable          no broker, no node, or nobody listens on the subject
+    │   └── NoAnswer             nothing came within the time-out
     ├── LlamaError               a call that llama.cpp would have answered with an abort
     ├── LoadError                a model file cannot become a running model
     │   ├── ModelFileError       missing, truncated, not a GGUF
@@ -43,6 +46,8 @@ A `RequestError` makes its own sentence and knows its `code` (a word) and `statu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 
@@ -77,6 +82,18 @@ class HomeError(InfsvcError):
 
 class StartError(InfsvcError):
     """The node could not start one of its parts."""
+
+
+class ClientError(InfsvcError):
+    """A client has no answer; whether the request was executed is not known."""
+
+
+class Unreachable(ClientError):
+    """No broker or node answers at the URL, or nobody listens on the subject."""
+
+
+class NoAnswer(ClientError):
+    """Nothing came within the time-out."""
 
 
 class LlamaError(InfsvcError):
@@ -161,6 +178,48 @@ class RequestError(InfsvcError):
         """The body of an error answer in OpenAI's shape."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def rebuilt(body: Mapping[str, Any]) -> RequestError:
+    """The error that a native error answer tells of, for whoever reads answers.
+
+    A code that this version does not know becomes a `RequestError` with that code and status, so that
+    `except RequestError` catches whatever a node may say.
+    """
+    code, status = str(body.get("code") or "error"), body.get("status")
+    kind = _kinds().get(code)
+    if kind is None:
+        kind = _foreign(code, status if isinstance(status, int) else 500)
+    error = kind.__new__(kind)
+    param = body.get("param")
+    # Not the class's own constructor, which would make the sentence anew from figures that the answer lacks.
+    RequestError.__init__(error, str(body.get("error") or code), param=param if isinstance(param, str) else None)
+    if isinstance(error, QueueFull):
+        error.n_waiting = error.capacity = _number(body.get("queue_depth"))
+        error.retry_after_s = _number(body.get("retry_after_s")) or 1
+    elif isinstance(error, ModelNotLoaded):
+        error.model = error.state = ""
+    return error
+
+
+def _kinds() -> dict[str, type[RequestError]]:
+    found: dict[str, type[RequestError]] = {}
+    open_kinds: list[type[RequestError]] = [RequestError]
+    while open_kinds:
+        kind = open_kinds.pop()
+        open_kinds += kind.__subclasses__()
+        if "code" in vars(kind) and kind.__module__ == __name__:
+            found[kind.code] = kind
+    return found
+
+
+@lru_cache(maxsize=256)
+def _foreign(code: str, status: int) -> type[RequestError]:
+    return type("RequestError", (RequestError,), {"code": code, "status": status, "__module__": "infsvc"})
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 class BadRequest(RequestError):

@@ -10,7 +10,8 @@ import secrets
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 MAX_BODY_BYTES = 8 * 2**20
 """The largest request body, over HTTP and NATS."""
@@ -115,20 +116,46 @@ class Params(Wire):
         return value
 
 
+class Message(Wire):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+    name: str | None = None
+
+
 class CompletionRequest(Wire):
-    """The native request. Strict: a number in quotes or a true for a 1 is refused, not guessed at."""
+    """The native request: an `input` text or the `messages` of a chat. Strict: a number in quotes or a true for a 1 is
+    refused, not guessed at."""
 
     model_config = ConfigDict(strict=True)
 
+    messages: tuple[Message, ...] = ()
     req_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     trace_id: Annotated[str, Field(max_length=200)] | None = None
     model: str | None = None
-    input: Annotated[str, Field(min_length=1)]
+    input: Annotated[str, Field(min_length=1)] | None = Field(default=None, validate_default=True)
     params: Params = Params()
     raw: bool = False
     stream: bool = False
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     reply_to: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("input")
+    @classmethod
+    def _one_of_both(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # "messages" is missing from the data when it is wrong itself, which is then the complaint.
+        messages = info.data.get("messages")
+        if value is None and messages == ():
+            raise PydanticCustomError("missing", "Field required, or messages")
+        if value is not None and messages:
+            raise PydanticCustomError("both", "give input or messages, not both")
+        return value
 
 
 class CompletionChunk(Wire):
@@ -157,14 +184,6 @@ class CompletionReply(Wire):
     def wire(self) -> dict[str, Any]:
         """The JSON body: what is not there is left out."""
         return self.model_dump(exclude_none=True)
-
-
-class Message(Wire):
-    """One message of a chat."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-    name: str | None = None
 
 
 class Capability(StrEnum):

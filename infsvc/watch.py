@@ -138,9 +138,12 @@ class Watch:
         self._take_health(message.data, took_ms)
 
     async def _take_heartbeat(self, message: Msg) -> None:
-        self._take_health(message.data, None)
+        sighting = self._take_health(message.data, None)
+        if sighting is not None and sighting.response_time_ms is None and sighting.document.status == "online":
+            self._known.discard(sighting.document.model_name)
+            await self._probe(sighting.document.model_name)
 
-    def _take_health(self, data: bytes, took_ms: float | None) -> None:
+    def _take_health(self, data: bytes, took_ms: float | None) -> Sighting | None:
         sighting = self.roster.hear_health(data, response_time_ms=took_ms)
         if sighting is not None:
             if self._on_health is not None:
@@ -150,6 +153,7 @@ class Watch:
                 document = json.loads(data)
                 if (document.get("node"), document.get("start_time")) == self._own:
                     self._on_own(str(document.get("model_name")), took_ms)
+        return sighting
 
     async def _take_report(self, message: Msg) -> None:
         if message.subject == subjects.AGGREGATE:

@@ -103,3 +103,20 @@ def test_a_memory_error_names_both_figures() -> None:
     assert str(error).startswith("needs 3.0 GiB (weights 3.0) and 1.0 GiB are free")
     assert isinstance(error, LoadError)
     assert issubclass(ModelFileError, LoadError)
+
+
+@pytest.mark.parametrize(("error", "status", "code"), EVERY, ids=[type(error).__name__ for error, *_ in EVERY])
+def test_an_answer_gives_the_error_back(error: RequestError, status: int, code: str) -> None:
+    again = errors.rebuilt(error.native("r1"))
+    assert type(again) is type(error)
+    assert (str(again), again.param, again.status, again.code) == (str(error), error.param, status, code)
+    if code == "queue_full":
+        assert again.headers == error.headers
+
+
+def test_an_unknown_code_is_still_a_request_error() -> None:
+    again = errors.rebuilt({"error": "no", "code": "of_tomorrow", "status": 418})
+    assert isinstance(again, RequestError)
+    assert (str(again), again.status, again.code) == ("no", 418, "of_tomorrow")
+    for body in ({}, {"error": None}, {"status": "x", "code": 3}):
+        assert errors.rebuilt(body).status == 500

@@ -18,7 +18,13 @@ LIGHT = (
     "infsvc.settings",
     "infsvc.home",
     "infsvc.subjects",
+    "infsvc.roster",
+    "infsvc.watch",
+    "infsvc.client",
+    "infsvc.nats_link",
+    "infsvc.http_link",
 )
+NETWORK = {"nats", "httpx2", "httpx", "httpcore2"}
 HEAVY = {
     "engine",
     "storage",
@@ -41,6 +47,20 @@ def test_the_ground_loads_neither_engine_nor_screen(module: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     assert HEAVY.isdisjoint(told.stdout.split())
+
+
+def test_the_client_loads_a_network_library_when_it_is_opened() -> None:
+    code = (
+        "import sys, infsvc; names = set(sys.modules); from infsvc import Client; Client('nats://x'); "
+        "print('pydantic' in names, *sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    early, *loaded = told.stdout.split()
+    assert early == "False"
+    assert NETWORK.isdisjoint(loaded)
+    assert HEAVY.isdisjoint(loaded)
 
 
 def test_the_rooms_load_no_screen() -> None:

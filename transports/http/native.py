@@ -110,8 +110,8 @@ def _validated(body: dict[str, Any]) -> CompletionRequest:
         if "input" in body:
             raise BadRequest("the body has both input and prompt: give one of them", param="input")
         raise Unsupported("prompt", "OpenAI's shape is not served by this version; send the text as input")
-    if "input" not in body:
-        raise BadRequest("the body has no input: send the text as input", param="input")
+    if "input" not in body and "messages" not in body:
+        raise BadRequest("the body has no input: send the text as input, or a chat as messages", param="input")
     if "reply_to" in body:
         raise Unsupported("reply_to", "over HTTP the response is the answer; over NATS a copy goes there")
     try:

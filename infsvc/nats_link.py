@@ -1,0 +1,477 @@
+"""The client's way over NATS: requests on the models' subjects, durable ones through JetStream, nodes found by their
+heartbeats.
+
+Each request carries a `req_id`, so that leaving it, by a time-out, a cancel or an early end of a stream, can stop it
+wherever it runs, and a deadline, so that nobody computes what nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import suppress
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from nats.aio.client import Client as Connection
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError, NoRespondersError
+from nats.errors import TimeoutError as NatsTimeout
+from pydantic import ValidationError
+
+from infsvc import subjects
+from infsvc.client import Ask, read_answer
+from infsvc.errors import (
+    ClientError,
+    ConfigError,
+    ModelNotLoaded,
+    NoAnswer,
+    RequestError,
+    TooLarge,
+    UnknownModel,
+    UnknownRequest,
+    Unreachable,
+    rebuilt,
+)
+from infsvc.roster import Roster
+from infsvc.types import Capability, HealthDocument, ServiceDocument
+from infsvc.watch import Watch
+
+CONNECT_S = 5.0
+ACK_S = 10.0
+"""How long the broker may take to confirm a durable request."""
+
+ASK_AGAIN_S = 15.0
+"""How long a durable answer is waited for before it is asked for again."""
+
+_CLOSE_S = 1.0
+_TURNS = 5
+"""How many turns the loop is given at the end: it is the loop that closes a stream left by `break`."""
+
+_QUEUE_FULL = 10077
+_NOT_YET = frozenset({"queue_full", "draining", "model_not_loaded"})
+"""Refusals of a repeated question, which say nothing about the durable request itself."""
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+class NatsLink:
+    """One connection, which comes back by itself when it is lost."""
+
+    def __init__(self, url: str, *, credentials: str | None) -> None:
+        self._servers = [one if "//" in one else f"nats://{one}" for one in map(str.strip, url.split(",")) if one]
+        self._shown = ",".join(re.sub(r"//.*@", "//", one) for one in self._servers)
+        self._options: dict[str, Any] = {"user_credentials": credentials} if credentials else {}
+        if len(self._servers) == 1:
+            # nats-py takes these from a URL without decoding them.
+            try:
+                first = urlsplit(self._servers[0])
+                _ = first.port
+            except ValueError:
+                raise ConfigError("not nats://host:port", key="url") from None
+            if first.username and first.password:
+                self._options |= {"user": unquote(first.username), "password": unquote(first.password)}
+            elif first.username:
+                self._options |= {"token": unquote(first.username)}
+        self._nc = Connection()
+        self._watch: Watch | None = None
+        self._watching = asyncio.Lock()
+        self._jobs: dict[str, tuple[asyncio.Future[dict[str, Any]], list[Subscription]]] = {}
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._last_error: Exception | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The nats-py client, for what this project has no method for."""
+        return self._nc
+
+    async def open(self) -> None:
+        """Connects. Raises `Unreachable` when no broker answers within `CONNECT_S`."""
+
+        failed = asyncio.Event()
+        n_left = len(self._servers)
+
+        async def note(error: Exception) -> None:
+            nonlocal n_left
+            self._last_error = error
+            n_left -= 1
+            if n_left <= 0:
+                failed.set()
+
+        connecting = asyncio.ensure_future(
+            self._nc.connect(
+                self._servers,
+                name="infsvc client",
+                error_cb=note,
+                connect_timeout=2,
+                reconnect_time_wait=1,
+                max_reconnect_attempts=-1,
+                **self._options,
+            )
+        )
+        # nats-py tries for ever; here one failure of each server is the answer.
+        failing = asyncio.ensure_future(failed.wait())
+        try:
+            await asyncio.wait({connecting, failing}, timeout=CONNECT_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            failing.cancel()
+            if not connecting.done():
+                connecting.cancel()
+                await asyncio.wait({connecting}, timeout=_CLOSE_S)
+        error = None if connecting.cancelled() or not connecting.done() else connecting.exception()
+        if self._nc.is_connected and error is None:
+            return
+        await self._leave()
+        if error is not None and not isinstance(error, OSError | NatsError | TimeoutError):
+            raise error
+        told = self._last_error or error or TimeoutError("no answer")
+        raise Unreachable(
+            f"no broker answers at {self._shown}: {str(told) or type(told).__name__}; "
+            "a running node starts one, or name yours"
+        )
+
+    async def close(self) -> None:
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        if self._farewells:
+            await asyncio.wait(self._farewells, timeout=_CLOSE_S)
+        if self._watch is not None:
+            await self._watch.close()
+        for future, _ in self._jobs.values():
+            future.cancel()
+        self._jobs.clear()
+        await self._leave()
+
+    async def _leave(self) -> None:
+        closing = asyncio.ensure_future(self._nc.close())
+        await asyncio.wait({closing}, timeout=_CLOSE_S)
+        if not closing.done():
+            closing.cancel()
+        elif not closing.cancelled():
+            closing.exception()
+
+    async def complete(self, ask: Ask) -> dict[str, Any]:
+        return await self._request(ask, await self._subject(ask))
+
+    async def embed(self, ask: Ask) -> dict[str, Any]:
+        return await self._request(ask, await self._subject(ask, embedding=True))
+
+    async def _request(self, ask: Ask, subject: str) -> dict[str, Any]:
+        try:
+            message = await self._nc.request(subject, _bytes(ask.body), timeout=ask.timeout_s, headers=_headers(ask))
+        except NoRespondersError:
+            elsewhere = await self._elsewhere(ask, subject)
+            return await self._request(ask, elsewhere)
+        except NatsTimeout:
+            self._farewell(self._stop(ask.req_id))
+            raise self._late(ask, subject) from None
+        except asyncio.CancelledError:
+            self._farewell(self._stop(ask.req_id))
+            raise
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+        return _answer(message, subject)
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
+        subject = await self._subject(ask)
+        inbox = self._nc.new_inbox()
+        expected, ended = 0, False
+        try:
+            answers = await self._nc.subscribe(inbox)
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+        try:
+            await self._publish(subject, ask, inbox)
+            while True:
+                try:
+                    message = await answers.next_msg(timeout=ask.timeout_s)
+                    if message.headers and message.headers.get("Status") == "503":
+                        raise NoRespondersError
+                except NoRespondersError:
+                    subject = await self._elsewhere(ask, subject)
+                    await self._publish(subject, ask, inbox)
+                    continue
+                except NatsTimeout:
+                    raise self._late(ask, subject) from None
+                except (NatsError, OSError) as error:
+                    raise self._broken(error) from None
+                try:
+                    event = _answer(message, subject)
+                except RequestError:
+                    ended = True
+                    raise
+                # A reply without its marker is that of a node that does not stream.
+                ended = bool(event.get("done")) or "finish_reason" in event
+                if ended:
+                    yield event | {"done": True}
+                    return
+                if event.get("index") != expected:
+                    raise ClientError(
+                        f"chunk {expected} of {ask.req_id} is missing: messages were lost, or another node took the "
+                        "request over and began anew; ask again"
+                    )
+                expected += 1
+                yield event
+        finally:
+            if not ended:
+                self._farewell(self._stop(ask.req_id))
+            self._farewell(_unsubscribed(answers))
+
+    async def _publish(self, subject: str, ask: Ask, inbox: str) -> None:
+        try:
+            await self._nc.publish(subject, _bytes(ask.body), reply=inbox, headers=_headers(ask))
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+
+    async def services(self) -> list[ServiceDocument]:
+        return (await self._watched()).services()
+
+    async def health(self, model: str, timeout_s: float) -> HealthDocument:
+        _checked(model)
+        try:
+            message = await self._nc.request(subjects.health(model), timeout=timeout_s)
+        except NoRespondersError:
+            raise await self._nobody(model) from None
+        except NatsTimeout:
+            raise NoAnswer(f"{model} did not tell its health within {timeout_s:g} s") from None
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+        try:
+            return HealthDocument.model_validate_json(message.data)
+        except ValidationError:
+            raise ClientError(f"what answers on {subjects.health(model)} is no infsvc node") from None
+
+    async def cancel(self, req_id: str, timeout_s: float) -> None:
+        try:
+            message = await self._nc.request(subjects.CANCEL, _bytes({"req_id": req_id}), timeout=timeout_s)
+        except (NatsTimeout, NoRespondersError):
+            # Only the owner answers.
+            raise UnknownRequest(f"no node says that {req_id} runs or waits there: it may have ended") from None
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+        _answer(message, subjects.CANCEL)
+
+    async def submit(self, ask: Ask) -> None:
+        model = _checked(ask.model)
+        await self._await_job(ask)
+        subject = await self._queue(model)
+        headers = {subjects.MSG_ID_HEADER: subjects.msg_id(model, ask.req_id)}
+        try:
+            message = await self._nc.request(
+                subject, _bytes(_durable(ask.body)), timeout=min(ACK_S, ask.timeout_s), headers=headers
+            )
+            _acknowledged(message, model, subject)
+        except BaseException as error:
+            self._forget_job(ask.req_id)
+            if isinstance(error, NoRespondersError):
+                found = await self._find(model)
+                if found is None or found.status == "offline":
+                    raise await self._nobody(model) from None
+                raise Unreachable(
+                    f"{model} has no durable queue at {self._shown}: does its broker run without JetStream?"
+                ) from None
+            if isinstance(error, NatsTimeout):
+                raise NoAnswer(
+                    f"the broker did not confirm {ask.req_id}; it may have it all the same: "
+                    "submit again with that req_id, and it is executed once"
+                ) from None
+            if isinstance(error, NatsError | OSError):
+                raise self._broken(error) from None
+            raise
+
+    async def result(self, ask: Ask) -> dict[str, Any]:
+        """Waits on where the answer goes, and asks for it again from time to time: a node gives a known answer again,
+        which finds one that came before, or while the connection was away."""
+        deadline_s = time.monotonic() + ask.timeout_s
+        known = ask.req_id in self._jobs
+        future = await self._await_job(ask)
+        wait_s = ASK_AGAIN_S if known else 0.0
+        try:
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                done, _ = await asyncio.wait({future}, timeout=min(wait_s, left_s))
+                if done:
+                    return future.result()
+                await self._ask_again(ask)
+                wait_s = ASK_AGAIN_S
+            raise NoAnswer(f"{ask.req_id} was not answered within {ask.timeout_s:g} s; it goes on all the same")
+        finally:
+            if future.done():
+                self._forget_job(ask.req_id)
+
+    async def _await_job(self, ask: Ask) -> asyncio.Future[dict[str, Any]]:
+        """Listens where the answer goes, before it can come."""
+        if ask.req_id in self._jobs:
+            return self._jobs[ask.req_id][0]
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def settle(message: Msg, *, final: bool) -> None:
+            if future.done() or (message.headers and message.headers.get("Status") == "503"):
+                return
+            try:
+                answer = _answer(message, message.subject)
+            except RequestError as error:
+                if final or error.code not in _NOT_YET:
+                    future.set_exception(error)
+                    future.exception()  # read here, so that one whom nobody asks about is no complaint
+            except ClientError:
+                return
+            else:
+                future.set_result(answer)
+
+        async def copied(message: Msg) -> None:
+            settle(message, final=True)
+
+        async def repeated(message: Msg) -> None:
+            settle(message, final=False)
+
+        try:
+            subscriptions = [
+                await self._nc.subscribe(_reply_to(ask.body), cb=copied),
+                await self._nc.subscribe(self._job_inbox(ask.req_id), cb=repeated),
+            ]
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
+        self._jobs[ask.req_id] = (future, subscriptions)
+        return future
+
+    def _forget_job(self, req_id: str) -> None:
+        for subscription in self._jobs.pop(req_id, (None, []))[1]:
+            self._farewell(_unsubscribed(subscription))
+
+    async def _ask_again(self, ask: Ask) -> None:
+        with suppress(NatsError, OSError):
+            subject = await self._subject(ask)
+            await self._nc.publish(subject, _bytes(_durable(ask.body)), reply=self._job_inbox(ask.req_id))
+
+    def _job_inbox(self, req_id: str) -> str:
+        return f"_INBOX.infsvc.{_digest(f'{id(self)} {req_id}')}"
+
+    async def _subject(self, ask: Ask, *, embedding: bool = False) -> str:
+        if ask.subject is not None:
+            return ask.subject
+        model = _checked(ask.model)
+        found = None if self._watch is None else await self._find(model)
+        if found is not None and (not embedding or Capability.TEXT_GENERATION not in found.capabilities):
+            return found.nats_topic
+        return subjects.request(model, embedding=embedding)
+
+    async def _queue(self, model: str) -> str:
+        found = await self._find(model)
+        embedding = found is not None and found.nats_topic.startswith("embedding.")
+        return subjects.queue(model, embedding=embedding)
+
+    async def _elsewhere(self, ask: Ask, subject: str) -> str:
+        """Another subject where the model is found when nobody listens on the usual one; raises when it is nowhere."""
+        if ask.model is None:
+            raise Unreachable(f"nobody answers on {subject}: is its model loaded?")
+        found = await self._find(ask.model)
+        if found is not None and found.status != "offline" and found.nats_topic not in ("", subject):
+            return found.nats_topic
+        raise await self._nobody(ask.model)
+
+    async def _nobody(self, model: str) -> RequestError:
+        found = await self._find(model)
+        if found is None:
+            return UnknownModel(model, (await self._watched()).models())
+        return ModelNotLoaded(model, found.status, found.reason)
+
+    async def _find(self, model: str) -> ServiceDocument | None:
+        found = [each for each in (await self._watched()).services() if each.model_name == model]
+        return min(found, key=lambda each: each.status != "online", default=None)
+
+    async def _watched(self) -> Roster:
+        """The roster, kept from the first question on."""
+        async with self._watching:
+            if self._watch is None:
+                watch = Watch(self._nc, Roster())
+                try:
+                    await watch.start()
+                except (NatsError, OSError) as error:
+                    raise self._broken(error) from None
+                self._watch = watch
+                await watch.found()
+        return self._watch.roster
+
+    async def _stop(self, req_id: str) -> None:
+        with suppress(NatsError, OSError):
+            await self._nc.publish(subjects.CANCEL, _bytes({"req_id": req_id}))
+
+    def _farewell(self, work: Coroutine[Any, Any, None]) -> None:
+        """Sends a last word in a task of its own, because its sender is being cancelled or closed."""
+        task = asyncio.create_task(work, name="infsvc-client-farewell")
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    def _late(self, ask: Ask, subject: str) -> NoAnswer:
+        return NoAnswer(f"no answer on {subject} within {ask.timeout_s:g} s; {ask.req_id} was told to stop")
+
+    def _broken(self, error: Exception) -> ClientError | RequestError:
+        if isinstance(error, MaxPayloadError):
+            return TooLarge(self._nc.max_payload)
+        return Unreachable(f"the broker at {self._shown} failed: {str(error) or type(error).__name__}")
+
+
+async def _unsubscribed(subscription: Subscription) -> None:
+    with suppress(NatsError, OSError):
+        await subscription.unsubscribe()
+
+
+def _bytes(body: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ClientError(f"the request cannot be written as JSON: {error}") from None
+
+
+def _headers(ask: Ask) -> dict[str, str]:
+    return {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}"}
+
+
+def _answer(message: Msg, subject: str) -> dict[str, Any]:
+    body = read_answer(message.data, source=subject)
+    if "stream" in body and "seq" in body and "req_id" not in body:
+        raise ClientError(
+            f"the stream {body['stream']} stores {subject} and answered in the model's place: "
+            "take that subject out of the stream"
+        )
+    return body
+
+
+def _durable(body: dict[str, Any]) -> dict[str, Any]:
+    return body | {"reply_to": _reply_to(body)}
+
+
+def _reply_to(body: dict[str, Any]) -> str:
+    req_id = str(body["req_id"])
+    return f"{subjects.REPLY_PREFIX}.{req_id if _TOKEN.fullmatch(req_id) else _digest(req_id)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
+
+
+def _acknowledged(message: Msg, model: str, subject: str) -> None:
+    """Checks a PubAck."""
+    try:
+        body = json.loads(message.data)
+        error = body.get("error")
+    except (ValueError, AttributeError):
+        raise ClientError(f"{subject} answered no receipt: is it JetStream's?") from None
+    if error:
+        if isinstance(error, dict) and error.get("err_code") == _QUEUE_FULL:
+            raise rebuilt({"code": "queue_full", "error": f"the durable queue of {model} is full: try again later"})
+        told = error.get("description") if isinstance(error, dict) else error
+        raise Unreachable(f"the broker did not take the request for {model}: {told}")
+
+
+def _checked(model: str | None) -> str:
+    """A model's name that may stand in a subject."""
+    if not model or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", model) or ".." in model or model[-1] == ".":
+        raise UnknownModel(str(model), [])
+    return model
