@@ -13,11 +13,13 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infsvc import __version__
 from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
+from transports.http import dashboard
 from transports.http.admin import Admin
 from transports.http.body import query, shown
 from transports.http.dead_letters import DeadLetterRoutes
@@ -68,13 +70,18 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         f"{method} {route.path_format}" for route in routes for method in sorted((route.methods or set()) - {"HEAD"})
     ]
 
-    async def index(request: Request) -> Json:
+    async def index(request: Request) -> Response:
         query(request)
-        return Json({"service": "infsvc", "version": __version__, "node": node.name, "model": model, "routes": table})
+        if model is None and dashboard.wants_page(request.headers):
+            return dashboard.page()
+        return Json(
+            {"service": "infsvc", "version": __version__, "node": node.name, "model": model, "routes": table},
+            headers={"Vary": "Accept"},
+        )
 
     keys = node.settings.keys
     app = Starlette(
-        routes=[*routes, Route("/", index)],
+        routes=[*routes, Route("/", index), *(dashboard.routes() if model is None else ())],
         middleware=[
             Middleware(Boundary, model=model),
             Middleware(ApiKeys, keys=keys) if keys else Middleware(LoopbackGuard),

@@ -17,18 +17,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infsvc.errors import TooLarge
 from infsvc.settings import is_loopback
 from infsvc.types import MAX_BODY_BYTES
+from transports.http.dashboard import is_free
 from transports.http.refusals import Forbidden, Unauthorized
 
 
 class ApiKeys:
-    """Asks for one of the keys, as `Authorization: Bearer …` or `X-API-Key`; `/healthz` stays free for probes."""
+    """Asks for one of the keys, as `Authorization: Bearer …` or `X-API-Key`; `/healthz` stays free for probes, and the
+    dashboard's page for browsers, which then asks for the key itself."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
         self._keys = tuple(key.encode() for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] != "/healthz" and not self._knows(Headers(scope=scope)):
+        headers = Headers(scope=scope)
+        free = scope["path"] == "/healthz" or is_free(scope["method"], scope["path"], headers)
+        if not free and not self._knows(headers):
             raise Unauthorized("an API key is needed: send it as Authorization: Bearer <key> or X-API-Key: <key>")
         await self._app(scope, receive, send)
 
