@@ -146,7 +146,31 @@ function match(key) {
   card.hidden = !$("filter").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
 }
 
+function matrix() {
+  const body = $("matrix").tBodies[0], keys = [...services.keys()].sort((a, b) => (order(a) < order(b) ? -1 : 1));
+  while (body.rows.length > keys.length) body.lastElementChild.remove();
+  keys.forEach((key, index) => {
+    const service = services.get(key);
+    let row = body.rows[index];
+    if (!row) {
+      row = made("tr");
+      const name = made("th");
+      name.scope = "row";
+      row.append(name, ...CAPABILITIES.map(() => made("td")));
+      body.append(row);
+    }
+    set(row.cells[0], `${service.model_name} @${service.node}`);
+    CAPABILITIES.forEach((name, column) => {
+      const present = service.capabilities.includes(name), cell = row.cells[column + 1];
+      cell.dataset.present = present;
+      set(cell, present ? "✓" : "·");
+      cell.setAttribute("aria-label", `${name}: ${present ? "yes" : "no"}`);
+    });
+  });
+}
+
 function totals() {
+  matrix();
   const all = [...services.values()], online = all.filter((each) => each.status === "online");
   const sum = (get) => all.reduce((total, each) => total + (get(each) || 0), 0);
   set($("n-nodes"), String(new Set(all.filter((each) => each.local || each.status !== "offline").map((each) => each.node)).size));
@@ -184,6 +208,8 @@ function line(event) {
   const text = made("span", said(event), "text");
   if (state) text.dataset.state = state;
   item.append(time, made("span", event.model ? `${event.model} @${event.node}` : `@${event.node}`), text);
+  $("log").hidden = false;
+  $("log-empty").hidden = true;
   $("log").prepend(item);
   while ($("log").children.length > LINES) $("log").lastElementChild.remove();
 }
