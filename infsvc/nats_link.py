@@ -64,7 +64,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 class NatsLink:
     """One connection, which comes back by itself when it is lost."""
 
-    def __init__(self, url: str, *, credentials: str | None) -> None:
+    def __init__(self, url: str, *, credentials: str | None, roster: Roster | None = None) -> None:
         self._servers = [one if "//" in one else f"nats://{one}" for one in map(str.strip, url.split(",")) if one]
         self._shown = ",".join(re.sub(r"//.*@", "//", one) for one in self._servers)
         self._options: dict[str, Any] = {"user_credentials": credentials} if credentials else {}
@@ -80,6 +80,7 @@ class NatsLink:
             elif first.username:
                 self._options |= {"token": unquote(first.username)}
         self._nc = Connection()
+        self._roster = Roster() if roster is None else roster
         self._watch: Watch | None = None
         self._watching = asyncio.Lock()
         self._jobs: dict[str, tuple[asyncio.Future[dict[str, Any]], list[Subscription]]] = {}
@@ -230,7 +231,7 @@ class NatsLink:
             raise self._broken(error) from None
 
     async def services(self) -> list[ServiceDocument]:
-        return (await self._watched()).services()
+        return (await self.watched()).services()
 
     async def health(self, model: str, timeout_s: float) -> HealthDocument:
         _checked(model)
@@ -378,18 +379,18 @@ class NatsLink:
     async def _nobody(self, model: str) -> RequestError:
         found = await self._find(model)
         if found is None:
-            return UnknownModel(model, (await self._watched()).models())
+            return UnknownModel(model, (await self.watched()).models())
         return ModelNotLoaded(model, found.status, found.reason)
 
     async def _find(self, model: str) -> ServiceDocument | None:
-        found = [each for each in (await self._watched()).services() if each.model_name == model]
+        found = [each for each in (await self.watched()).services() if each.model_name == model]
         return min(found, key=lambda each: each.status != "online", default=None)
 
-    async def _watched(self) -> Roster:
+    async def watched(self) -> Roster:
         """The roster, kept from the first question on."""
         async with self._watching:
             if self._watch is None:
-                watch = Watch(self._nc, Roster())
+                watch = Watch(self._nc, self._roster)
                 try:
                     await watch.start()
                 except (NatsError, OSError) as error:

@@ -16,8 +16,13 @@ _COMMANDS = {
     "logs": "Print a model's audit rows.",
     "doctor": "Look at everything a node needs.",
     "queue": "Look into the durable queue, and at requests that could not be answered.",
+    "monitor": "Watch every model of every node on a broker.",
+    "dashboard": "Serve the web dashboard.",
     "start": "Load a model: in the running node, or in a new one in the background.",
     "stop": "Unload a model, or end the node.",
+    "req": "Send a request over NATS and print the reply.",
+    "pub": "Publish a message over NATS.",
+    "sub": "Print what is published on a NATS subject.",
 }
 
 

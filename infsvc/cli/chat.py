@@ -14,9 +14,11 @@ from typing import Any
 import click
 import httpx2
 
+from infsvc.cli.broker import broker_url
 from infsvc.cli.outcome import friendly
 from infsvc.cli.remote import RemoteError, checked, node_client
-from infsvc.settings import load_node_settings
+from infsvc.client import Client
+from infsvc.errors import InfsvcError
 
 Ask = Callable[[str], None]
 
@@ -105,7 +107,7 @@ def _converse(ask: Ask) -> None:
             ask(question)
         except KeyboardInterrupt:
             click.echo(" (stopped)")
-        except RemoteError as error:
+        except InfsvcError as error:
             click.echo(f"infsvc: {error}", err=True)
 
 
@@ -125,36 +127,17 @@ def _over_http(client: httpx2.Client, body: dict[str, Any]) -> Ask:
 
 
 def _over_nats(subject: str, url: str | None, body: dict[str, Any], timeout_s: float) -> Ask:
-    import nats
-    import nats.errors
-
     async def exchange(question: str) -> None:
-        server = url or load_node_settings().nats_url
-
-        async def quiet(_: Exception) -> None:
-            """The failure itself is raised below; the library's own report would be a second one."""
-
-        try:
-            client = await nats.connect(server, allow_reconnect=False, connect_timeout=5, error_cb=quiet)
-        except (OSError, nats.errors.Error) as error:
-            raise RemoteError(f"no broker answers at {server}: {error or type(error).__name__}") from None
-        try:
-            inbox = client.new_inbox()
-            answers = await client.subscribe(inbox)
-            await client.publish(subject, json.dumps(body | {"input": question}).encode(), reply=inbox)
-            printer = _Printer()
-            while not printer.done:
-                message = await answers.next_msg(timeout=timeout_s)
-                if message.headers and message.headers.get("Status") == "503":
-                    raise RemoteError(f"nobody answers on {subject}: is its model loaded?")
-                printer.take(json.loads(message.data))
-            printer.end()
-        except nats.errors.NoRespondersError:
-            raise RemoteError(f"nobody answers on {subject}: is its model loaded?") from None
-        except nats.errors.TimeoutError:
-            raise RemoteError(f"no answer on {subject} within {timeout_s:g} s") from None
-        finally:
-            await client.close()
+        printer = _Printer()
+        async with (
+            Client(broker_url(url), timeout_s=timeout_s) as client,
+            client.stream(question, subject=subject, raw=body["raw"], **body["params"]) as stream,
+        ):
+            async for chunk in stream:
+                printer.take(chunk.model_dump())
+        if stream.reply is not None:
+            printer.take(stream.reply.wire() | {"done": True})
+        printer.end()
 
     return lambda question: asyncio.run(exchange(question))
 

@@ -21,6 +21,10 @@ class RemoteError(InfsvcError):
     """The node refused, or none answers."""
 
 
+class NoNode(RemoteError):
+    """None answers at the address."""
+
+
 def node_url(url: str | None) -> str:
     """The node to ask: the one named, else the one that runs on this home, else where its gateway would be."""
     if url:
@@ -45,7 +49,7 @@ def node_client(url: str | None, *, timeout_s: float = 30.0) -> Iterator[httpx2.
         with httpx2.Client(base_url=base, headers=headers, timeout=timeout, verify=verify, trust_env=False) as client:
             yield client
     except httpx2.ConnectError:
-        raise RemoteError(
+        raise NoNode(
             f"no node answers at {base}: start one with `infsvc serve` or `make run`, or name it with --url"
         ) from None
     except httpx2.TimeoutException:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import click
 
+from infsvc import board
+from infsvc.cli.broker import broker_url
 from infsvc.cli.outcome import friendly
-from infsvc.cli.remote import checked, node_client
+from infsvc.cli.remote import NoNode, checked, node_client
+from infsvc.client import Client
+from infsvc.errors import Unreachable
 
-_COLUMNS = ("MODEL", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT", "ACT", "LEVEL", "DONE", "ENDPOINT")
+_COLUMNS = ("MODEL", "NODE", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT", "ACT", "LEVEL", "DONE", "ENDPOINT")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the documents as JSON.")
-@click.option("--url", metavar="U", help="The node to ask (default: the one of this home, else http://127.0.0.1:5780).")
+@click.option("--url", metavar="U",
+              help="A node, http://…, or a broker, nats://… (default: the node of this home, else the broker).")  # fmt: skip
 @friendly
 def status(as_json: bool, url: str | None) -> None:
-    """Say what runs, once: each model with its state, queue and endpoint."""
-    with node_client(url, timeout_s=10) as client:
-        services = checked(client.get("/api/services"))["services"]
+    """Say what runs, once: each model with its state, queue and endpoint.
+
+    Without a node here, the broker is asked, and every node on it answers.
+    """
+    services = _from_bus(broker_url(url)) if url and "://" in url and not url.startswith("http") else _services(url)
     if as_json:
         click.echo(json.dumps(services, indent=2, ensure_ascii=False))
+        return
+    if not services:
+        click.echo("no model: no worker file is known here, and no node is on the broker")
         return
     rows = [_COLUMNS, *(_row(service) for service in services)]
     widths = [max(len(row[index]) for row in rows) for index in range(len(_COLUMNS))]
@@ -30,15 +41,40 @@ def status(as_json: bool, url: str | None) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for service in services:
         if service.get("reason"):
-            click.echo(f"{service['model_name']}: {service['reason']}")
+            click.echo(board.clean(f"{service['model_name']}: {service['reason']}"))
+
+
+def _services(url: str | None) -> list[dict[str, Any]]:
+    """From the gateway, else from the bus."""
+    try:
+        with node_client(url, timeout_s=10) as client:
+            services: list[dict[str, Any]] = checked(client.get("/api/services"))["services"]
+            return services
+    except NoNode:
+        if url:
+            raise
+        try:
+            return _from_bus(broker_url(None))
+        except Unreachable:
+            pass
+        raise
+
+
+def _from_bus(url: str) -> list[dict[str, Any]]:
+    async def look() -> list[dict[str, Any]]:
+        async with Client(url) as client:
+            return [service.model_dump() for service in await client.list_models()]
+
+    return asyncio.run(look())
 
 
 def _row(service: dict[str, Any]) -> tuple[str, ...]:
     info = service.get("model_info") or {}
     queue = service["queue_metrics"]
     return (
-        service["model_name"],
-        service["status"],
+        board.clean(service["model_name"]),
+        board.clean(service["node"]),
+        board.clean(service["status"]),
         info.get("architecture", "-"),
         info.get("parameter_count", "-"),
         info.get("quantization", "-"),

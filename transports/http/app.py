@@ -87,13 +87,13 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
             Middleware(ApiKeys, keys=keys) if keys else Middleware(LoopbackGuard),
             Middleware(BodyLimit),
         ],
-        exception_handlers={HTTPException: _unrouted},
+        exception_handlers={HTTPException: unrouted},
     )
     app.router.redirect_slashes = False
     return app
 
 
-async def _unrouted(request: Request, error: Exception) -> NoReturn:
+async def unrouted(request: Request, error: Exception) -> NoReturn:
     """Starlette's own 404 and 405 in this project's terms."""
     assert isinstance(error, HTTPException)
     path = shown(request.url.path)

@@ -1,0 +1,1 @@
+"""`infsvc monitor`: a small app of its own, which looks at a broker and owns no node."""
