@@ -21,7 +21,7 @@ _COLUMNS = ("MODEL", "NODE", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT",
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the documents as JSON.")
 @click.option("--url", metavar="U",
-              help="A node, http://…, or a broker, nats://… (default: the node of this home, else the broker).")  # fmt: skip
+              help="A node, http://…, or a broker, nats://… (default: this home's node, else the broker).")  # fmt: skip
 @friendly
 def status(as_json: bool, url: str | None) -> None:
     """Say what runs, once: each model with its state, queue and endpoint.

@@ -89,7 +89,7 @@ def test_without_a_node_the_commands_say_how_to_start_one(infsvc: Run) -> None:
 def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
     table = infsvc("status").stdout.splitlines()
     assert table[0].split()[:4] == ["MODEL", "NODE", "STATUS", "ARCH"]
-    assert any(line.split()[:3] == ["tiny", "online", "llama"] for line in table)
+    assert any(line.split()[:4] == ["tiny", "alpha", "online", "llama"] for line in table)
     services = {service["model_name"]: service for service in json.loads(infsvc("status", "--json").stdout)}
     assert services["tiny"]["status"] == "online"
     assert services["tiny"]["capabilities"] == ["text-generation", "grammar-constrained"]
