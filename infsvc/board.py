@@ -95,10 +95,7 @@ def headline(roster: Roster, now_s: float) -> str:
     pace = sum(service.tokens_per_s or 0.0 for service in services)
     waiting = sum(service.queue_metrics.pending_messages for service in services)
     n_nodes = len(roster.nodes())
-    return (
-        f"{n_nodes} node{'' if n_nodes == 1 else 's'}  {up}/{len(services)} models up  {pace:,.0f} tok/s  "
-        f"queue {waiting:,}"
-    )
+    return f"{n_nodes} node{'' if n_nodes == 1 else 's'}  {up}/{len(services)} up  {pace:,.0f} tok/s  queue {waiting:,}"
 
 
 def layout(width: int) -> dict[str, int]:

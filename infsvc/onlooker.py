@@ -37,6 +37,7 @@ class Onlooker:
             link = NatsLink(self.url, credentials=self._credentials, roster=self.roster)
             try:
                 await link.open()
+                self.state, self.reason = "connected", ""
                 await link.watched()
                 while not link.connection.is_closed:
                     self.state = "connected" if link.connection.is_connected else "down"

@@ -54,7 +54,7 @@ def test_a_row_tells_state_load_and_speed(book: Roster, clock: Clock) -> None:
         "seen": "0.0s",
     }
     assert big.cells["state"] == ("◐ load 40%", "warning")
-    assert board.headline(book, clock.now_s) == "2 nodes  1/2 models up  32 tok/s  queue 12"
+    assert board.headline(book, clock.now_s) == "2 nodes  1/2 up  32 tok/s  queue 12"
     assert dict(board.detail(demo))["queue"] == "12 of 100 waiting, 4 active"
 
 
@@ -64,7 +64,7 @@ def test_a_silent_model_has_no_figures(book: Roster, clock: Clock) -> None:
     assert demo.cells["state"] == ("✕ silent", "error")
     assert {demo.cells[key][0] for key in ("waiting", "active", "level", "tok/s", "rtt", "up")} == {"–"}
     assert demo.cells["seen"] == ("76s", "error")
-    assert board.headline(book, clock.now_s) == "0 nodes  0/0 models up  0 tok/s  queue 0"
+    assert board.headline(book, clock.now_s) == "0 nodes  0/0 up  0 tok/s  queue 0"
 
 
 @pytest.mark.parametrize("sort_by", board.SORTS)

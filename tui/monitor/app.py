@@ -60,6 +60,12 @@ class Detail(ModalScreen[None]):
         self.query_one(Static).update(text)
 
 
+class Board(DataTable[Text]):
+    """The table; Enter opens the model under the cursor."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select_cursor", "detail", id="monitor.detail")]
+
+
 class MonitorApp(App[None]):
     """The table of all models on a broker.
 
@@ -75,7 +81,6 @@ class MonitorApp(App[None]):
         Binding("ctrl+q,ctrl+c", "quit", show=False, priority=True, id="app.quit.always"),
         Binding("s", "sort", "sort", id="monitor.sort"),
         Binding("slash", "filter", "filter", key_display="/", id="monitor.filter"),
-        Binding("enter", "detail", "detail", id="monitor.detail"),
         Binding("t", "theme", "theme", id="monitor.theme"),
         Binding("escape", "leave_filter", show=False, id="monitor.back"),
     ]
@@ -102,7 +107,7 @@ class MonitorApp(App[None]):
 
     def compose(self) -> ComposeResult:
         yield Static(id="head")
-        yield DataTable[Text](cursor_type="row", cell_padding=0)
+        yield Board(cursor_type="row", cell_padding=0)
         yield Static(id="note")
         yield Input(placeholder="filter: model, @node, state, level, capability", id="filter")
         yield KeyLine()
@@ -214,7 +219,7 @@ class MonitorApp(App[None]):
         self._written = {}
         self.redraw()
 
-    def action_detail(self) -> None:
+    def open_detail(self) -> None:
         line = self._table.cursor_row
         if not 0 <= line < len(self._keys):
             return
@@ -228,7 +233,7 @@ class MonitorApp(App[None]):
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         event.stop()
-        self.action_detail()
+        self.open_detail()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self.redraw()
