@@ -54,7 +54,7 @@ async def test_every_node_is_seen_at_every_width(pair: Pair, size: tuple[int, in
             assert "2 nodes  3/3 up" in shown
             assert "healthy" in shown
             assert "queue 0" in shown.splitlines()[0]
-            assert "enter detail" in shown
+            assert " detail  s sort" in shown
 
 
 async def test_keys_sort_filter_and_open_a_model(pair: Pair) -> None:
