@@ -84,6 +84,7 @@ class NatsLink:
         self._watch: Watch | None = None
         self._watching = asyncio.Lock()
         self._jobs: dict[str, tuple[asyncio.Future[dict[str, Any]], list[Subscription]]] = {}
+        self._repeated: set[str] = set()
         self._farewells: set[asyncio.Task[None]] = set()
         self._last_error: Exception | None = None
 
@@ -267,7 +268,8 @@ class NatsLink:
             message = await self._nc.request(
                 subject, _bytes(_durable(ask.body)), timeout=min(ACK_S, ask.timeout_s), headers=headers
             )
-            _acknowledged(message, model, subject)
+            if _acknowledged(message, model, subject):
+                self._repeated.add(ask.req_id)
         except BaseException as error:
             self._forget_job(ask.req_id)
             if isinstance(error, NoRespondersError):
@@ -290,7 +292,8 @@ class NatsLink:
         """Waits on where the answer goes, and asks for it again from time to time: a node gives a known answer again,
         which finds one that came before, or while the connection was away."""
         deadline_s = time.monotonic() + ask.timeout_s
-        known = ask.req_id in self._jobs
+        # What was asked before may have been answered before.
+        known = ask.req_id in self._jobs and ask.req_id not in self._repeated
         future = await self._await_job(ask)
         wait_s = ASK_AGAIN_S if known else 0.0
         try:
@@ -342,6 +345,7 @@ class NatsLink:
         return future
 
     def _forget_job(self, req_id: str) -> None:
+        self._repeated.discard(req_id)
         for subscription in self._jobs.pop(req_id, (None, []))[1]:
             self._farewell(_unsubscribed(subscription))
 
@@ -457,8 +461,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def _acknowledged(message: Msg, model: str, subject: str) -> None:
-    """Checks a PubAck."""
+def _acknowledged(message: Msg, model: str, subject: str) -> bool:
+    """Checks a PubAck; whether the broker had the request before."""
     try:
         body = json.loads(message.data)
         error = body.get("error")
@@ -469,6 +473,7 @@ def _acknowledged(message: Msg, model: str, subject: str) -> None:
             raise rebuilt({"code": "queue_full", "error": f"the durable queue of {model} is full: try again later"})
         told = error.get("description") if isinstance(error, dict) else error
         raise Unreachable(f"the broker did not take the request for {model}: {told}")
+    return bool(body.get("duplicate"))
 
 
 def _checked(model: str | None) -> str:

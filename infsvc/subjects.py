@@ -9,7 +9,14 @@ from __future__ import annotations
 CANCEL = "inference.cancel"
 AGGREGATE = "monitoring.aggregate"
 ALERTS = "monitoring.alerts"
-HEARTBEATS = "models.>"
+HEARTBEATS = "models.*.heartbeat"
+"""Every model's heartbeat, those with dots in the name by their alias."""
+
+REPORTS = "monitoring.>"
+"""Reports, totals and alerts of every node whose models keep the default MONITORING_TOPIC."""
+
+REPLY_PREFIX = "inference.reply"
+"""Where durable answers go, followed by the `req_id`."""
 
 MSG_ID_HEADER = "Nats-Msg-Id"
 """JetStream's own: a second message with the same value within the stream's window is acknowledged and not kept."""
@@ -25,26 +32,6 @@ REQ_ID_HEADER = "Infsvc-Req-Id"
 """On a queue's message whose body names no `req_id`: the one it was given."""
 
 TRACE_HEADER = "X-Trace-ID"
-
-
-ALL_HEARTBEATS = "models.*.heartbeat"
-"""Every model's heartbeat, those with dots in the name by their alias."""
-
-ALL_REPORTS = "monitoring.>"
-"""Reports, totals and alerts of every node whose models keep the default MONITORING_TOPIC."""
-
-REPLY_PREFIX = "inference.reply"
-"""Where durable answers go, followed by the `req_id`."""
-
-
-def service(verb: str, *, name: str = "", instance: str = "") -> str:
-    """NATS micro: PING, INFO or STATS, of all services, of those with a name, or of one instance."""
-    return ".".join(part for part in ("$SRV", verb, name, instance) if part)
-
-
-def request(model: str, *, embedding: bool = False) -> str:
-    """Where a model takes requests, unless its worker file names another SUBJECT."""
-    return f"{'embedding' if embedding else 'inference'}.request.{model}"
 
 
 def dotless(name: str) -> str:
@@ -85,3 +72,13 @@ def heartbeat(model: str) -> str:
 def report(topic: str, model: str) -> str:
     """Published: the backpressure report. `topic` is the worker file's MONITORING_TOPIC."""
     return f"{topic}.{model}"
+
+
+def service(verb: str, *, name: str = "", instance: str = "") -> str:
+    """NATS micro: PING, INFO or STATS, of all services, of those with a name, or of one instance."""
+    return ".".join(part for part in ("$SRV", verb, name, instance) if part)
+
+
+def request(model: str, *, embedding: bool = False) -> str:
+    """Where a model takes requests, unless its worker file names another SUBJECT."""
+    return f"{'embedding' if embedding else 'inference'}.request.{model}"

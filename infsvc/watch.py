@@ -72,8 +72,8 @@ class Watch:
         subscribe = self._nc.subscribe
         self._subscriptions = [
             await subscribe(f"{self._prefix}.*", cb=self._take_answer),
-            await subscribe(subjects.ALL_HEARTBEATS, cb=self._take_heartbeat),
-            await subscribe(subjects.ALL_REPORTS, cb=self._take_report),
+            await subscribe(subjects.HEARTBEATS, cb=self._take_heartbeat),
+            await subscribe(subjects.REPORTS, cb=self._take_report),
         ]
         await self.ask()
         self._task = asyncio.create_task(self._ask_again(), name="bus-watch")

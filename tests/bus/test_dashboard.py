@@ -124,7 +124,7 @@ async def test_a_key_is_asked_for_once_and_kept_in_the_tab(tmp_path: Path, long_
         await node.fleet.settled("tiny")
         await page.open(node.gateway_url + "/")
         for key in ("wrong", "right"):
-            await page.until("document.activeElement.id === 'key'")
+            await page.until("!document.querySelector('#key-form').hidden && document.activeElement.id === 'key'")
             await page.type(key)
             await page.press("Enter")
             await page.until("document.querySelector('#key').value === ''")
