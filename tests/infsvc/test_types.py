@@ -223,3 +223,20 @@ def test_every_state_has_a_health_status() -> None:
 )
 def test_counts_as_people_write_them(n: int, text: str) -> None:
     assert human_count(n) == text
+
+
+def test_a_request_has_an_input_or_messages() -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    request = CompletionRequest.model_validate({"messages": messages})
+    assert request.input is None
+    assert [message.role for message in request.messages] == ["system", "user"]
+    for body, param in (
+        ({}, "input"),
+        ({"messages": []}, "input"),
+        ({"input": "x", "messages": messages}, "input"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages"),
+        ({"messages": "hi"}, "messages"),
+    ):
+        with pytest.raises(ValidationError) as error:
+            CompletionRequest.model_validate(body)
+        assert error.value.errors()[0]["loc"][0] == param

@@ -61,6 +61,16 @@ def stream_events(body: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: ")]
 
 
+async def test_messages_are_a_chat(node: Node, http: httpx2.AsyncClient) -> None:
+    params = {"max_tokens": 5, "temperature": 0}
+    whole = await http.post("/v1/completions", json={"input": "hello", "params": params})
+    turns = [{"role": "user", "content": "hello"}]
+    chat = await http.post("/v1/completions", json={"req_id": "c", "messages": turns, "params": params})
+    assert chat.json()["text"] == whole.json()["text"]
+    await audited(node)
+    assert rows(node, "SELECT raw_input FROM requests WHERE req_id = 'c'") == [(json.dumps(turns),)]
+
+
 async def test_a_request_is_answered_and_audited(node: Node, http: httpx2.AsyncClient) -> None:
     body = {"req_id": "r1", "input": "hello", "params": {"max_tokens": 5, "temperature": 0}}
     reply = (await http.post("/v1/completions", json=body, headers={"X-Trace-ID": "t1"})).json()
