@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from infsvc.events import EventBus
+from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
 from infsvc.types import CompletionReply, ModelState
 
@@ -179,6 +180,13 @@ class SystemView(Protocol):
     def ram_total_bytes(self) -> int: ...
 
 
+class RegistryView(Protocol):
+    """The models of other nodes."""
+
+    @property
+    def roster(self) -> Roster: ...
+
+
 class NodeView(Protocol):
     """The node itself; `async with` starts and closes it."""
 
@@ -192,6 +200,8 @@ class NodeView(Protocol):
     def service(self) -> ServiceView: ...
     @property
     def bus(self) -> BusView: ...
+    @property
+    def registry(self) -> RegistryView: ...
     @property
     def gateway_url(self) -> str: ...
     async def load(self, name: str, /) -> Any: ...

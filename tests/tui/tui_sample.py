@@ -19,6 +19,7 @@ from engine.capabilities import CapabilityClaim
 from engine.model_info import ModelInfo
 from infsvc.errors import UnknownModel
 from infsvc.events import Event, EventBus, LogLine, ModelStateChanged, RequestFinished
+from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
 from infsvc.types import Capability, CompletionReply, FinishReason, ModelState, backpressure_level
 from tui.app import InfsvcApp
@@ -233,6 +234,11 @@ class SampleSystem:
     ram_total_bytes: int = int(23.4 * 2**30)
 
 
+@dataclass
+class SampleRegistry:
+    roster: Roster = field(default_factory=Roster)
+
+
 class SampleNode:
     """Records what is asked of it in `calls`; `start_error` makes its start fail."""
 
@@ -242,6 +248,7 @@ class SampleNode:
         self.fleet = SampleFleet({worker.name: worker for worker in workers})
         self.service = SampleService()
         self.bus = SampleBus()
+        self.registry = SampleRegistry()
         self.gateway_url = "http://127.0.0.1:5780"
         self.calls: list[str] = []
         self.start_error: Exception | None = None

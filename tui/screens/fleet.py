@@ -20,6 +20,7 @@ from tui.widgets.capability_matrix import SORTS, CapabilityMatrix
 from tui.widgets.charts import LoadChart
 from tui.widgets.event_lines import EventLines
 from tui.widgets.model_facts import ModelPanel
+from tui.widgets.other_nodes import OtherNodes
 from tui.wording import clean
 
 RESORT_EVERY = 4
@@ -46,6 +47,7 @@ class FleetScreen(NodeScreen):
             models.border_title = "Models"
             yield CapabilityMatrix(self.node.fleet.workers, id="matrix")
             yield Static("", id="nothing")
+            yield OtherNodes(self.node.registry)
         with Horizontal(id="below"):
             with Vertical(id="chart"):
                 yield LoadChart()
@@ -71,6 +73,7 @@ class FleetScreen(NodeScreen):
         self._n_looks += 1
         if self.matrix.sort_by != "name" and self._n_looks % RESORT_EVERY == 0:
             self.matrix.resort()
+        self.query_one(OtherNodes).look(filter_text=self.matrix.filter_text)
         self._say_when_empty()
         self._show_chosen()
         self.query_one(EventLines).look()
