@@ -27,6 +27,7 @@ from infsvc.errors import (
     Unreachable,
     Unsupported,
 )
+from infsvc.events import RequestFinished
 from tests.nodes import free_port
 from transports.node import Node
 
@@ -52,6 +53,18 @@ async def nothing_runs(*nodes: Node) -> None:
     async with asyncio.timeout(10):
         while any(True for node in nodes for _ in node.service.live()):
             await asyncio.sleep(0.01)
+
+
+async def all_were_cancelled(*nodes: Node) -> None:
+    """Waits until nothing runs, and looks that nothing ended by itself."""
+    await nothing_runs(*nodes)
+    ends = [
+        event.finish_reason
+        for node in nodes
+        for event in node.events.subscribe(replay=True).drain()
+        if isinstance(event, RequestFinished)
+    ]
+    assert set(ends) == {"cancelled"}
 
 
 async def runs(req_id: str, *nodes: Node) -> None:
@@ -95,7 +108,7 @@ async def test_a_stream_that_is_left_stops_its_generation(client: Client, pair: 
     else:
         async for _ in client.stream("hello", model="tiny", **ENDLESS):
             break
-    await nothing_runs(pair.alpha, pair.beta)
+    await all_were_cancelled(pair.alpha, pair.beta)
 
 
 async def test_a_stream_that_is_left_last_stops_too(pair: Pair) -> None:
@@ -103,7 +116,7 @@ async def test_a_stream_that_is_left_last_stops_too(pair: Pair) -> None:
         async with Client(url) as client:
             async for _ in client.stream("hello", model="tiny", **ENDLESS):
                 break
-        await nothing_runs(pair.alpha, pair.beta)
+        await all_were_cancelled(pair.alpha, pair.beta)
 
 
 async def test_a_cancelled_task_and_a_time_out_stop_the_generation(client: Client, pair: Pair) -> None:
@@ -112,10 +125,10 @@ async def test_a_cancelled_task_and_a_time_out_stop_the_generation(client: Clien
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await nothing_runs(pair.alpha, pair.beta)
+    await all_were_cancelled(pair.alpha, pair.beta)
     with pytest.raises(NoAnswer, match=r"within 0\.3 s"):
         await client.infer("hello", model="tiny", timeout_s=0.3, **ENDLESS)
-    await nothing_runs(pair.alpha, pair.beta)
+    await all_were_cancelled(pair.alpha, pair.beta)
 
 
 async def test_cancel_by_id(client: Client, pair: Pair) -> None:
