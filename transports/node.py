@@ -38,8 +38,8 @@ from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
 from transports.nats.micro import MicroService
-from transports.nats.registry import Registry
 from transports.nats.queue_desk import QueueDesk
+from transports.nats.registry import Registry
 
 if TYPE_CHECKING:
     from transports.http.server import HttpServer
