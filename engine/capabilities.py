@@ -13,6 +13,7 @@ from infsvc.types import Capability
 
 # The mark that `engine.output` can tell apart, and those it cannot yet.
 _THINK_MARK = "<think>"
+_TOOL_MARK = "<tool_call>"
 _OTHER_THINK_MARKS = ("<|channel|>", "[THINK]", "<|START_THINKING|>", "<seed:think>")
 
 
@@ -73,6 +74,10 @@ def _grammar(info: ModelInfo, generates: bool) -> tuple[bool, str]:
 def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
-    if info.chat_template and "tools" in info.chat_template:
-        return False, "the chat template lists tools; tool calls are not served by this version"
-    return False, "the chat template has no place for tools" if info.chat_template else "no chat template"
+    if not info.chat_template:
+        return False, "no chat template"
+    if "tools" not in info.chat_template:
+        return False, "the chat template has no place for tools"
+    if _TOOL_MARK in info.chat_template:
+        return True, f"the chat template lists tools and writes {_TOOL_MARK}"
+    return False, "the chat template lists tools; this form of tool call is not told apart by this version"

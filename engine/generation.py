@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.logprobs import StepLogprobs
 from engine.output import Parsed, ReasoningParser
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
+from engine.tool_calls import ToolCall, ToolCallParser
 from infsvc.errors import EngineFailed
 from infsvc.types import CompletionReply, FinishReason
 
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one decode step yielded; either text may be empty, not both. `logprobs` are those of the tokens drawn since
-    the chunk before, where they were asked for."""
+    """What one decode step yielded; at least one of its texts and calls is there. `logprobs` are those of the tokens
+    drawn since the chunk before, where they were asked for."""
 
     index: int
     text: str
     reasoning: str
     logprobs: tuple[StepLogprobs, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class Generation:
@@ -45,6 +47,7 @@ class Generation:
         formatted: str,
         tokens_in: int,
         parser: ReasoningParser,
+        calls: ToolCallParser | None = None,
         cancel: Callable[[Sequence], None],
         on_token: Callable[[], None],
         on_done: Callable[[Generation], None],
@@ -64,7 +67,8 @@ class Generation:
         self._begun_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s = self._begun_s
-        self._parser = parser
+        self._parser, self._calls = parser, calls
+        self.tool_calls: list[ToolCall] = []
         self._cancel, self._on_token, self._on_done = cancel, on_token, on_done
         self._sequence: Sequence | None = None
         self._text: list[str] = []
@@ -165,22 +169,31 @@ class Generation:
                 if event.reason == "cancelled" or self._first_s is None:
                     self._last_s = event.at_s
                 self._show(self._parser.feed(event.text))
-                self._show(self._parser.finish())
+                self._show(self._parser.finish(), last=True)
                 self._end(event)
 
-    def _show(self, parsed: Parsed) -> None:
-        if parsed.text or parsed.reasoning:
-            self._text.append(parsed.text)
+    def _show(self, parsed: Parsed, *, last: bool = False) -> None:
+        text = parsed.text
+        calls: list[ToolCall] = []
+        if self._calls is not None:
+            text, calls = self._calls.feed(text)
+            if last:
+                rest, more = self._calls.finish()
+                text, calls = text + rest, [*calls, *more]
+        if text or parsed.reasoning or calls:
+            self._text.append(text)
             self._reasoning.append(parsed.reasoning)
+            self.tool_calls += calls
             logprobs = tuple(self.logprobs[self._n_logprobs_shown :])
             self._n_logprobs_shown = len(self.logprobs)
-            self._chunks.append(Chunk(self._n_chunks, parsed.text, parsed.reasoning, logprobs))
+            self._chunks.append(Chunk(self._n_chunks, text, parsed.reasoning, logprobs, tuple(calls)))
             self._n_chunks += 1
 
     def _end(self, event: SequenceFinished) -> None:
         self.error = event.error
         self.tokens_cached = event.n_cached
         duration = round(self.duration_ms)
+        called = bool(self.tool_calls) and event.reason == "stop"
         self.reply = CompletionReply(
             req_id=self.req_id,
             text="".join(self._text),
@@ -188,7 +201,8 @@ class Generation:
             tokens_in=self.tokens_in,
             tokens_out=self.tokens_out,
             tokens_cached=self.tokens_cached,
-            finish_reason=cast(FinishReason, event.reason),
+            tool_calls=[call.wire() for call in self.tool_calls] or None,
+            finish_reason=cast(FinishReason, "tool_calls" if called else event.reason),
             duration_ms=duration,
             ms=duration,
             error=event.error,

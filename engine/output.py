@@ -94,7 +94,7 @@ class ReasoningParser:
         if self._phase == "reasoning":
             at = self._held.find(self._CLOSE)
             if at < 0:
-                keep = _overlap(self._held, self._CLOSE)
+                keep = overlap(self._held, self._CLOSE)
                 # The newline before the closing mark is its own, not the reasoning's.
                 safe = self._held[: len(self._held) - keep].rstrip("\n")
                 self._held = self._held[len(safe) :]
@@ -118,7 +118,7 @@ class ReasoningParser:
         return Parsed("" if self._phase == "opened" else rest, "")
 
 
-def _overlap(text: str, mark: str) -> int:
+def overlap(text: str, mark: str) -> int:
     """How many characters at the end of `text` begin `mark`."""
     for n in range(min(len(mark) - 1, len(text)), 0, -1):
         if text.endswith(mark[:n]):

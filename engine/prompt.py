@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -102,7 +103,7 @@ class JinjaTemplate:
         try:
             text = self._template.render(
                 **({} if think is None else {"enable_thinking": think}),
-                messages=[message.model_dump(exclude_none=True) for message in messages],
+                messages=[_turn(message) for message in messages],
                 add_generation_prompt=True,
                 bos_token=self._bos,
                 eos_token=self._eos,
@@ -117,6 +118,18 @@ class JinjaTemplate:
         if len(text) > _MAX_RENDERED_CHARS:
             raise BadRequest("the rendered prompt is too long", param="messages")
         return text
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A message as templates read it: the arguments of a call as an object where they are one."""
+    turn = message.model_dump(exclude_none=True)
+    for call in turn.get("tool_calls", ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            with suppress(ValueError):
+                arguments = json.loads(function["arguments"])
+                function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    return turn
 
 
 class _Refused(Exception):

@@ -20,6 +20,7 @@ from engine.logprobs import MAX_TOP
 from engine.prompt import Tool
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
+from engine.tool_calls import ToolCallParser
 from engine.worker import Worker
 from infsvc.audit import AuditStatus, RequestRow
 from infsvc.errors import (
@@ -47,7 +48,10 @@ class InferenceRequest:
     Attributes:
         raw: the input goes to the model as it is, and its output comes back as it is.
         think: asks a reasoning model to think first, or not to; None leaves it to the model's template.
+        plain: the input is completed without a template; the BOS is added as the vocabulary says.
+        tokens: the prompt as token ids, in place of `input` and `messages`.
         tools: what the model may call; its template lists them.
+        one_call: the answer is constrained to be one call, without its marks.
         n_logprobs: how many of the likeliest tokens `Generation.logprobs` tells with each drawn one (0-20); None for no
             log-probabilities.
         source: the door: http, nats, chat.
@@ -60,7 +64,10 @@ class InferenceRequest:
     messages: tuple[Message, ...] = ()
     raw: bool = False
     think: bool | None = None
+    plain: bool = False
+    tokens: tuple[int, ...] | None = None
     tools: tuple[Tool, ...] = ()
+    one_call: bool = False
     n_logprobs: int | None = None
     req_id: str = field(default_factory=new_req_id)
     trace_id: str | None = None
@@ -93,6 +100,8 @@ class InferenceRequest:
         """What the audit log keeps as the input: the text, or the messages as JSON."""
         if self.input is not None:
             return self.input
+        if self.tokens is not None:
+            return json.dumps(self.tokens)
         return json.dumps([message.model_dump(exclude_none=True) for message in self.messages], ensure_ascii=False)
 
 
@@ -212,6 +221,8 @@ class InferenceService:
                         think=request.think,
                         tools=request.tools,
                         answer_only=params.constrained,
+                        plain=request.plain,
+                        tokens=request.tokens,
                     ),
                     worker.constraint(params, self._grammars),
                 ),
@@ -236,6 +247,7 @@ class InferenceService:
                 formatted=formatted,
                 tokens_in=len(tokens),
                 parser=parser,
+                calls=ToolCallParser(whole=request.one_call) if request.tools else None,
                 cancel=engine.cancel,
                 on_token=worker.stats.token,
                 on_done=lambda done: self._done(worker, done),

@@ -226,12 +226,16 @@ class Worker:
         think: bool | None,
         tools: tuple[Tool, ...] = (),
         answer_only: bool = False,
+        plain: bool = False,
+        tokens: tuple[int, ...] | None = None,
     ) -> tuple[str, list[int], ReasoningParser]:
         """Renders and tokenises. Any thread, while the engine is open.
 
         Args:
             answer_only: the model is to answer at once: no reasoning is asked for, and one that the template has
                 opened is closed, so that the first token is the answer's.
+            plain: the text is completed without a template.
+            tokens: the prompt as ids.
 
         Returns:
             The text the model reads, its token ids, and the parser for what it answers.
@@ -244,6 +248,17 @@ class Worker:
         if engine is None:
             raise ModelNotLoaded(self.name, self.state.replace("_", " "), self.reason)
         model = engine.model
+        if tokens is not None:
+            wrong = next((token for token in tokens if not 0 <= token < model.n_vocab), None)
+            if wrong is not None:
+                raise BadRequest(f"{wrong} is no token: the vocabulary has {model.n_vocab}", param="prompt")
+            return "", list(tokens), ReasoningParser(enabled=False)
+        if plain:
+            completed = model.tokenize(text or "", add_special=True, parse_special=True)
+            return text or "", completed, ReasoningParser(enabled=False)
+        if tools and not self.has(Capability.TOOL_CALLING):
+            why = next(claim.evidence for claim in self.claims if claim.capability is Capability.TOOL_CALLING)
+            raise BadRequest(f"{self.name} calls no tools: {why}", param="tools")
         if raw:
             if text is None:
                 raise BadRequest("raw needs an input text", param="raw")
@@ -261,10 +276,10 @@ class Worker:
         bos = model.token_text(model.bos)
         # A template that writes the BOS itself must not get a second one from the vocabulary.
         bare = rendered.removeprefix(bos) if bos and model.adds_bos else rendered
-        tokens = model.tokenize(bare, add_special=True, parse_special=True)
+        ids = model.tokenize(bare, add_special=True, parse_special=True)
         inside = rendered.rstrip().endswith("<think>")
         reasons = self.has(Capability.REASONING) and not answer_only
-        return rendered, tokens, ReasoningParser(enabled=reasons, inside=inside)
+        return rendered, ids, ReasoningParser(enabled=reasons, inside=inside)
 
     @property
     def level(self) -> Literal["healthy", "warning", "critical"]:

@@ -122,6 +122,9 @@ class Message(Wire):
     role: Literal["system", "user", "assistant", "tool"]
     content: str
     name: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class CompletionRequest(Wire):

@@ -27,12 +27,16 @@ from transports.http.grammars import GrammarRoutes
 from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
 from transports.http.health import Health
 from transports.http.native import Completions
+from transports.http.openai import OpenAI
 from transports.http.refusals import Internal, Json, WrongMethod, answer
 
 if TYPE_CHECKING:
     from transports.node import Node
 
 log = logging.getLogger("infsvc.http")
+
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/embeddings")
+"""Where errors have OpenAI's shape whatever the body holds."""
 
 
 def build_app(node: Node, model: str | None) -> ASGIApp:
@@ -42,11 +46,15 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         node: whose models, service, events and logs are served.
         model: the model of its own port, or None for the gateway.
     """
-    completions, health, admin = Completions(node, model), Health(node, model), Admin(node, model)
+    openai = OpenAI(node, model)
+    completions, health, admin = Completions(node, model, openai), Health(node, model), Admin(node, model)
     durable = DeadLetterRoutes(node)
     grammars = GrammarRoutes(node)
     routes = [
         Route("/v1/completions", completions.create, methods=["POST"]),
+        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{model}", openai.one_model),
         Route("/grammars", grammars.all, methods=["GET", "POST"]),
         Route("/grammars/{name:path}", grammars.one, methods=["GET", "PUT", "DELETE"]),
         Route("/healthz", health.show),
@@ -148,7 +156,9 @@ class Boundary:
         # Once the head is sent there is no answer left to give; uvicorn then closes the connection.
         if status:
             return
-        response = answer(error, scope.get("state", {}).get("req_id"))
+        state = scope.get("state", {})
+        shaped = state.get("openai_shaped", scope["path"].startswith(OPENAI_PATHS))
+        response = answer(error, state.get("req_id"), openai_shaped=shaped)
         if any(name == b"expect" for name, _ in scope["headers"]):
             # Nobody can know whether a body that was announced with Expect follows its refusal.
             response.headers["Connection"] = "close"

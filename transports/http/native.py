@@ -1,4 +1,5 @@
-"""`POST /v1/completions` in the native shape: validates, hands to the service, frames what comes back.
+"""`POST /v1/completions` in the native shape: validates, hands to the service, frames what comes back. Bodies with a
+`prompt` go to `openai`.
 
 What a request means is the service's; this file knows bodies, headers, status codes and server-sent events.
 """
@@ -22,6 +23,7 @@ from transports.http.refusals import Internal, Json, req_id_header
 from transports.http.streams import EventStream, comment, data, present
 
 if TYPE_CHECKING:
+    from transports.http.openai import OpenAI
     from transports.node import Node
 
 log = logging.getLogger("infsvc.http")
@@ -39,21 +41,27 @@ class Completions:
 
     Args:
         model: the one model of this port, or None on the gateway, where the body's `model` picks.
+        openai: takes bodies with a `prompt`.
     """
 
-    def __init__(self, node: Node, model: str | None) -> None:
-        self._node, self._model = node, model
+    def __init__(self, node: Node, model: str | None, openai: OpenAI) -> None:
+        self._node, self._model, self._openai = node, model, openai
 
     async def create(self, request: Request) -> Response:
         """Answers with the reply, or with a stream of it."""
         query(request)
         body = await read_object(request)
+        if "prompt" in body:
+            if "input" in body:
+                raise BadRequest("the body has both input and prompt: give one of them", param="input")
+            request.state.openai_shaped = True
+            return await self._openai.text(request, body)
         req_id = body.get("req_id")
         if isinstance(req_id, str) and 0 < len(req_id) <= _REQ_ID_CHARACTERS:
             request.state.req_id = req_id
         wire = _validated(body)
         inference = InferenceRequest.from_wire(
-            wire, model=self._chosen(wire.model), source="http", trace_id=_trace_header(request)
+            wire, model=self._chosen(wire.model), source="http", trace_id=trace_header(request)
         )
         request.state.req_id = inference.req_id
         return await (self._stream(inference) if wire.stream else self._reply(inference, request))
@@ -106,10 +114,6 @@ async def _frames(generation: Generation) -> AsyncGenerator[bytes, None]:
 
 
 def _validated(body: dict[str, Any]) -> CompletionRequest:
-    if "prompt" in body:
-        if "input" in body:
-            raise BadRequest("the body has both input and prompt: give one of them", param="input")
-        raise Unsupported("prompt", "OpenAI's shape is not served by this version; send the text as input")
     if "input" not in body and "messages" not in body:
         raise BadRequest("the body has no input: send the text as input, or a chat as messages", param="input")
     if "reply_to" in body:
@@ -120,7 +124,8 @@ def _validated(body: dict[str, Any]) -> CompletionRequest:
         raise bad_request(error) from None
 
 
-def _trace_header(request: Request) -> str | None:
+def trace_header(request: Request) -> str | None:
+    """The trace id that a client named in its headers."""
     header = request.headers.get(TRACE_HEADER)
     if header is not None and len(header) > _TRACE_CHARACTERS:
         raise BadRequest(

@@ -81,9 +81,10 @@ def req_id_header(req_id: str) -> dict[str, str]:
     return {"X-Req-ID": quote(req_id, safe="!#$&'()*+,/:;=?@[]~ |^`{}\"<>\\")}
 
 
-def answer(error: RequestError, req_id: str | None) -> Json:
-    """The native answer to a request that cannot be served."""
+def answer(error: RequestError, req_id: str | None, *, openai_shaped: bool = False) -> Json:
+    """The answer to a request that cannot be served, native or in OpenAI's shape."""
     headers = dict(error.headers)
     if req_id is not None:
         headers |= req_id_header(req_id)
-    return Json(error.native(req_id), status_code=error.status, headers=headers)
+    body = error.openai() if openai_shaped else error.native(req_id)
+    return Json(body, status_code=error.status, headers=headers)
