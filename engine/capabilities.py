@@ -80,4 +80,4 @@ def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:
         return False, "the chat template has no place for tools"
     if _TOOL_MARK in info.chat_template:
         return True, f"the chat template lists tools and writes {_TOOL_MARK}"
-    return False, "the chat template lists tools; this form of tool call is not told apart by this version"
+    return False, "the chat template lists tools; this form of tool call is not served by this version"

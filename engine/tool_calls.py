@@ -39,8 +39,8 @@ class ToolCallParser:
     def __init__(self, *, whole: bool = False) -> None:
         self._whole = whole
         self._inside = whole
+        self._after_call = False
         self._held = ""
-        self.n_calls = 0
 
     def feed(self, text: str) -> tuple[str, list[ToolCall]]:
         """The text that is certain now, and the calls that are whole."""
@@ -59,17 +59,18 @@ class ToolCallParser:
                     shown.append(f"{MARK}{body}{_CLOSE}")
                 else:
                     calls.append(call)
-                    # The line breaks that part two calls are neither's text.
-                    self._held = self._held.lstrip("\n")
+                    self._after_call = True
             else:
+                if self._after_call:
+                    # The line breaks that follow a call are nobody's text.
+                    self._held = self._held.lstrip("\n")
+                    self._after_call = not self._held
                 at = self._held.find(MARK)
                 if at < 0:
                     keep = overlap(self._held, MARK)
                     safe = self._held[: len(self._held) - keep]
                     # Line breaks before a mark are the mark's: they wait until it is sure that none follows.
                     cut = len(safe.rstrip("\n")) if self._held.endswith("\n") or keep else len(safe)
-                    if self.n_calls and not safe[:cut].strip():
-                        cut = 0
                     shown.append(self._held[:cut])
                     self._held = self._held[cut:]
                     break
@@ -82,13 +83,14 @@ class ToolCallParser:
         """What was held back; a call whose closing mark never came still counts when it is whole."""
         held, self._held = self._held, ""
         if not self._inside:
-            return (held if held.strip() or not self.n_calls else ""), []
+            return held, []
         call = self._parse(held)
         if call is not None:
             return "", [call]
         return (held if self._whole else MARK + held), []
 
-    def _parse(self, body: str) -> ToolCall | None:
+    @staticmethod
+    def _parse(body: str) -> ToolCall | None:
         try:
             told = json.loads(body)
         except (ValueError, RecursionError):
@@ -102,7 +104,6 @@ class ToolCallParser:
             text = json.dumps(arguments, ensure_ascii=False)
         else:
             return None
-        self.n_calls += 1
         return ToolCall(f"call_{secrets.token_hex(8)}", told["name"], text)
 
 

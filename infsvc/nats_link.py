@@ -172,7 +172,7 @@ class NatsLink:
             return await self._request(ask, elsewhere)
         except NatsTimeout:
             self._farewell(self._stop(ask.req_id))
-            raise self._late(ask, subject) from None
+            raise await self._late(ask, subject) from None
         except asyncio.CancelledError:
             self._farewell(self._stop(ask.req_id))
             raise
@@ -200,7 +200,7 @@ class NatsLink:
                     await self._publish(subject, ask, inbox)
                     continue
                 except NatsTimeout:
-                    raise self._late(ask, subject) from None
+                    raise await self._late(ask, subject) from None
                 except (NatsError, OSError) as error:
                     raise self._broken(error) from None
                 try:
@@ -413,7 +413,11 @@ class NatsLink:
         self._farewells.add(task)
         task.add_done_callback(self._farewells.discard)
 
-    def _late(self, ask: Ask, subject: str) -> NoAnswer:
+    async def _late(self, ask: Ask, subject: str) -> RequestError | NoAnswer:
+        """Why no answer came: where a stream keeps a subject, its silence does not say that nobody serves it."""
+        found = await self._find(ask.model) if ask.model else None
+        if found is not None and found.status != "online":
+            return ModelNotLoaded(found.model_name, found.status, found.reason)
         return NoAnswer(f"no answer on {subject} within {ask.timeout_s:g} s; {ask.req_id} was told to stop")
 
     def _broken(self, error: Exception) -> ClientError | RequestError:

@@ -209,7 +209,7 @@ async def test_a_model_that_was_unloaded_says_so(on_nats: Client, pair: Pair) ->
     await on_nats.list_models()
     await pair.beta.unload("only-v1.5")
     with pytest.raises(RequestError, match=r"only-v1\.5 is (offline|on disk)") as error:
-        await on_nats.infer("x", model="only-v1.5", timeout_s=5)
+        await on_nats.infer("x", model="only-v1.5", timeout_s=1)
     assert error.value.code == "model_not_loaded"
 
 

@@ -92,3 +92,10 @@ def test_no_template(tmp_path: Path) -> None:
     found = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=None))
     assert found[Capability.TEXT_GENERATION].present
     assert found[Capability.TOOL_CALLING].evidence == "no chat template"
+
+
+def test_tools_are_called_where_the_template_writes_a_form_that_is_parsed(tmp_path: Path) -> None:
+    template = CHATML + "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    claim = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=template))[Capability.TOOL_CALLING]
+    assert claim.present
+    assert "<tool_call>" in claim.evidence
