@@ -26,12 +26,27 @@ class CapabilityClaim:
     evidence: str
 
 
-def detect(info: ModelInfo) -> tuple[CapabilityClaim, ...]:
-    """One claim for each capability, in the enum's order."""
-    generates = info.pooling is None and info.causal
+_POOLED = ("mean", "cls", "last")
+
+
+def pooling_of(info: ModelInfo, asked: str = "auto") -> str | None:
+    """How hidden states become one vector: as POOLING says, else as the file says, else their mean; None for a type
+    that yields no vector (rank, and those unknown)."""
+    pooling = asked if asked != "auto" else info.pooling or "mean"
+    return pooling if pooling in _POOLED else None
+
+
+def detect(info: ModelInfo, *, pooling: str = "auto", embeds_only: bool = False) -> tuple[CapabilityClaim, ...]:
+    """One claim for each capability, in the enum's order.
+
+    Args:
+        pooling: the worker file's POOLING.
+        embeds_only: whether it says MODEL_FORMAT=embedding.
+    """
+    generates = info.pooling is None and info.causal and not embeds_only
     claims = {
-        Capability.TEXT_GENERATION: _text(info, generates),
-        Capability.EMBEDDINGS: _embeddings(info, generates),
+        Capability.TEXT_GENERATION: _text(info, generates, embeds_only),
+        Capability.EMBEDDINGS: _embeddings(info, pooling),
         Capability.REASONING: _reasoning(info, generates),
         Capability.TOOL_CALLING: _tools(info, generates),
         Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
@@ -39,15 +54,23 @@ def detect(info: ModelInfo) -> tuple[CapabilityClaim, ...]:
     return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
 
 
-def _text(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+def _text(info: ModelInfo, generates: bool, embeds_only: bool) -> tuple[bool, str]:
     if generates:
         return True, f"causal attention ({info.architecture}), no pooling type"
-    return False, f"pooling type {info.pooling}" if info.pooling else "attention is not causal"
+    if info.pooling:
+        return False, f"pooling type {info.pooling}"
+    return False, "MODEL_FORMAT=embedding" if embeds_only else "attention is not causal"
 
 
-def _embeddings(info: ModelInfo, generates: bool) -> tuple[bool, str]:
-    source = "no pooling type: mean of hidden states" if generates else f"pooling type {info.pooling or 'none'}"
-    return False, f"{source}; embeddings are not served by this version"
+def _embeddings(info: ModelInfo, asked: str) -> tuple[bool, str]:
+    if asked != "auto":
+        return True, f"POOLING={asked} in the worker file"
+    if info.pooling is None:
+        return True, "no pooling type: mean of hidden states"
+    if pooling_of(info) is None:
+        kind = "rank (a reranker: it answers with a score)" if info.pooling == "rank" else info.pooling
+        return False, f"pooling type {kind}; not served by this version"
+    return True, f"pooling type {info.pooling}"
 
 
 def _reasoning(info: ModelInfo, generates: bool) -> tuple[bool, str]:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +47,17 @@ log = logging.getLogger("infsvc.engine")
 
 HUNG_AFTER_S = 180.0
 """A step that takes longer will not end: the largest batch of the largest model on a slow machine takes some 30 s."""
+
+
+_PART_JOIN_S = 10.0
+
+
+class Part(Protocol):
+    """A thread of its own over an engine's weights."""
+
+    def close(self) -> None: ...
+
+    def join(self, timeout_s: float) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +121,7 @@ class Engine:
         self._gate = threading.Lock()
         self._ended = False
         self._died: str | None = None
+        self._parts: list[Part] = []
         self._model: LlamaModel | None = None
         self._context: LlamaContext | None = None
         self._prefixes: PrefixCache
@@ -133,6 +146,14 @@ class Engine:
         if self._model is None:
             raise LlamaError("the model is not loaded")
         return self._model
+
+    def attach(self, part: Part) -> None:
+        """Names something that lives on this model's weights: it is ended before they are freed. Raises `LlamaError`
+        when the engine has ended."""
+        with self._gate:
+            if self._ended:
+                raise LlamaError("the engine has ended")
+            self._parts.append(part)
 
     def submit(self, sequence: Sequence) -> None:
         """Hands a sequence over; its listener hears of all that follows, of its end in any case.
@@ -234,7 +255,11 @@ class Engine:
             self._snapshots.clear()
             if self._context is not None:
                 self._context.close()
-            if self._model is not None:
+            for part in self._parts:
+                part.close()
+            # Weights that are still read are never freed.
+            n_stuck = sum(not part.join(_PART_JOIN_S) for part in self._parts)
+            if self._model is not None and not n_stuck:
                 self._model.close()
             return_memory()
             if self._died is not None and not self._hung and scheduler is not None and self._on_died is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import memory_fit
+from engine.capabilities import pooling_of
 from engine.model_file import DEMO, remove_file
 from engine.model_info import ModelInfo, read_model_info
 from engine.model_source import describe
@@ -25,7 +26,7 @@ from engine.prompt import load_prompt_format
 from engine.scheduler import N_BATCH
 from engine.worker import Worker
 from infsvc.audit import AuditSink
-from infsvc.errors import DownloadError, LoadError, NoSource, UnknownModel
+from infsvc.errors import CannotEmbed, DownloadError, LoadError, ModelNotLoaded, NoSource, UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home
 from infsvc.settings import WorkerSettings
@@ -33,6 +34,7 @@ from infsvc.types import Capability, ModelState
 
 if TYPE_CHECKING:
     from engine.download import Download
+    from engine.embedder import Embedder
 
 log = logging.getLogger("infsvc.fleet")
 
@@ -87,6 +89,7 @@ class Fleet:
         self._probe: asyncio.Task[ProbeResult] | None = None
         self._reserved_bytes: dict[str, int] = {}
         self._stopping: set[str] = set()
+        self._lent: set[str] = set()
 
     def add(self, settings: WorkerSettings) -> Worker:
         """Takes a new worker file's model in, as if it had been there at the start."""
@@ -194,8 +197,9 @@ class Fleet:
             await self.settled(name)
         elif worker.state is ModelState.LOADING:
             self._stopping.add(name)
-            if worker.engine is not None:
-                worker.engine.close()
+            for running in (worker.engine, worker.embedder):
+                if running is not None:
+                    running.close()
             await self.settled(name)
         elif worker.state in _PULLING:
             self._stopping.add(name)
@@ -261,7 +265,10 @@ class Fleet:
             info = await self._header(worker)
             worker.learn(info)
             cache_bytes = self._check(worker, info, force=force or worker.name in self._forced)
-            await self._start_engine(worker, info, cache_bytes)
+            if worker.embeds_only:
+                await self._start_embedder(worker, info)
+            else:
+                await self._start_engine(worker, info, cache_bytes)
         except LoadError as error:
             self._not_loaded(worker, str(error))
         except Exception as error:
@@ -314,17 +321,25 @@ class Fleet:
 
     def _not_loaded(self, worker: Worker, reason: str) -> None:
         if worker.name in self._stopping:
-            self._reserved_bytes.pop(worker.name, None)
+            self._forget(worker)
             self._rest(worker)
         else:
             self._failed(worker, reason)
 
     def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> int:
-        """Reserves the memory; returns how much of it the store of states may have."""
-        if not worker.has(Capability.TEXT_GENERATION):
-            raise LoadError("an embedding model, and embeddings are not served by this version")
-        need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
-        cache_bytes = worker.settings.prefix_cache_mb * 2**20
+        """Sets the memory aside; returns how much of it the store of states may have."""
+        if not worker.embeds_only:
+            need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
+            return self._fits(worker, need, force=force, cache_mb=worker.settings.prefix_cache_mb)
+        if worker.has(Capability.EMBEDDINGS):
+            need = memory_fit.estimate_embedding(info, n_ctx=worker.n_ctx, weights=True)
+            return self._fits(worker, need, force=force)
+        raise LoadError(worker.evidence(Capability.EMBEDDINGS))
+
+    def _fits(self, worker: Worker, need: memory_fit.MemoryEstimate, *, force: bool, cache_mb: int = 0) -> int:
+        """Sets memory aside for the model, beside what it has; returns the bytes for the store of states. Raises
+        `MemoryFitError`."""
+        cache_bytes = cache_mb * 2**20
         if not force:
             pending = (n for name, n in self._reserved_bytes.items() if self.workers[name].state is ModelState.LOADING)
             left = memory_fit.check(
@@ -333,8 +348,9 @@ class Fleet:
                 used_bytes=sum(self._reserved_bytes.values()),
                 pending_bytes=sum(pending),
             )
-            cache_bytes = memory_fit.prefix_cache_bytes(worker.settings.prefix_cache_mb, left)
-        self._reserved_bytes[worker.name] = need.total_bytes + cache_bytes
+            cache_bytes = memory_fit.prefix_cache_bytes(cache_mb, left)
+        before = self._reserved_bytes.get(worker.name, 0)
+        self._reserved_bytes[worker.name] = before + need.total_bytes + cache_bytes
         return cache_bytes
 
     async def _start_engine(self, worker: Worker, info: ModelInfo, cache_bytes: int) -> None:
@@ -391,6 +407,92 @@ class Fleet:
         if worker.engine is engine:  # else it died meanwhile, and `_failed` has said so
             worker.move(ModelState.READY)
 
+    async def _start_embedder(self, worker: Worker, info: ModelInfo) -> None:
+        """Loads a model that only embeds."""
+        loop = asyncio.get_running_loop()
+        build = await self._build()
+        room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.embedder")
+        if worker.name in self._stopping:
+            raise LoadError("the load was stopped")
+
+        def on_progress(fraction: float) -> None:
+            loop.call_soon_threadsafe(worker.loading, fraction)
+
+        def on_died(reason: str) -> None:
+            if worker.embedder is embedder:
+                self._failed(worker, reason)
+
+        options = self._embedder_options(room, worker, info, use_extra_bufts=build.use_extra_bufts)
+        embedder = room.Embedder(worker.name, options, loop, on_progress=on_progress, on_died=on_died)
+        worker.embedder = embedder
+        embedder.start()
+        try:
+            await asyncio.wrap_future(embedder.loaded)
+            if worker.name in self._stopping:
+                raise LoadError("the load was stopped")
+        except BaseException:
+            await self._end_engine(worker)
+            raise
+        if worker.embedder is embedder:
+            worker.move(ModelState.READY)
+
+    @staticmethod
+    def _embedder_options(room: Any, worker: Worker, info: ModelInfo, *, use_extra_bufts: bool = True) -> Any:
+        settings = worker.settings
+        return room.EmbedderOptions(
+            path=worker.path,
+            n_ctx=worker.n_ctx,
+            pooling=pooling_of(info, settings.pooling),
+            causal=info.causal,
+            n_threads=settings.model_threads,
+            n_gpu_layers=-1 if settings.gpu_layers == "auto" else settings.gpu_layers,
+            use_extra_bufts=use_extra_bufts,
+        )
+
+    async def embedder(self, worker: Worker) -> Embedder:
+        """What embeds for a ready model. One that generates gets it here, at the first request for embeddings, over the
+        weights that it has; it stays until the model leaves.
+
+        Raises:
+            CannotEmbed: there is too little memory for its context, or llama.cpp cannot make it.
+        """
+        found = worker.embedder
+        if found is None or found.ended:
+            found = self._lend(worker)
+        try:
+            await asyncio.wrap_future(found.loaded)
+        except LoadError as error:
+            if worker.embedder is found:
+                worker.embedder = None
+            raise CannotEmbed(f"{worker.name} cannot embed now: {error}", param="model") from None
+        return found
+
+    def _lend(self, worker: Worker) -> Embedder:
+        engine, info = worker.engine, worker.info
+        if engine is None or info is None:
+            raise ModelNotLoaded(worker.name, worker.state.replace("_", " "), worker.reason)
+        from engine import embedder as room  # engine.engine has imported llama.cpp already
+
+        # Memory that was set aside for an earlier one, which has ended, counts for this one.
+        if worker.name not in self._lent:
+            need = memory_fit.estimate_embedding(info, n_ctx=worker.n_ctx, weights=False)
+            try:
+                self._fits(worker, need, force=False)
+            except LoadError as error:
+                raise CannotEmbed(f"{worker.name} cannot embed now: {error}", param="model") from None
+            self._lent.add(worker.name)
+        embedder = room.Embedder(
+            worker.name,
+            self._embedder_options(room, worker, info),
+            asyncio.get_running_loop(),
+            model=engine.model,
+            on_died=lambda reason: worker.note("error", "embedder.died", reason),
+        )
+        engine.attach(embedder)
+        embedder.start()
+        worker.embedder = embedder
+        return embedder
+
     async def _build(self) -> ProbeResult:
         """The probe's answer, asked once a node; the demo model is what it decodes with."""
         if self._probe is None or (
@@ -403,13 +505,17 @@ class Fleet:
         return await asyncio.shield(self._probe)
 
     def _failed(self, worker: Worker, reason: str) -> None:
-        self._reserved_bytes.pop(worker.name, None)
-        worker.engine = worker.constraints = None
+        self._forget(worker)
+        worker.engine = worker.embedder = worker.constraints = None
         worker.move(ModelState.FAILED, reason)
 
     async def _drain(self, worker: Worker, grace_s: float) -> None:
         deadline = asyncio.get_running_loop().time() + grace_s
-        while worker.requests and asyncio.get_running_loop().time() < deadline and worker.engine is not None:
+        while (
+            worker.requests
+            and asyncio.get_running_loop().time() < deadline
+            and (worker.engine is not None or worker.embedder is not None)
+        ):
             waits = [asyncio.ensure_future(generation.ended()) for generation in worker.requests.values()]
             await asyncio.wait(waits, timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
             for wait in waits:
@@ -423,11 +529,16 @@ class Fleet:
         """Closes the engine and waits for its thread, off the loop. Prompts that are being rendered still use its
         vocabulary."""
         await worker.quiet()
-        engine = worker.engine
-        if engine is not None:
-            engine.close()
-            ended = await asyncio.get_running_loop().run_in_executor(None, engine.join, _JOIN_S)
-            if not ended:
-                log.error("an engine does not end", extra={"code": "engine.stuck", "model": worker.name})
+        for running in (worker.embedder, worker.engine):
+            if running is not None:
+                running.close()
+                ended = await asyncio.get_running_loop().run_in_executor(None, running.join, _JOIN_S)
+                if not ended:
+                    log.error("an engine does not end", extra={"code": "engine.stuck", "model": worker.name})
+        self._forget(worker)
+        worker.engine = worker.embedder = worker.format = worker.constraints = None
+
+    def _forget(self, worker: Worker) -> None:
+        """Gives back the memory that was set aside for a model."""
         self._reserved_bytes.pop(worker.name, None)
-        worker.engine = worker.format = worker.constraints = None
+        self._lent.discard(worker.name)

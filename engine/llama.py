@@ -512,10 +512,10 @@ class EmbeddingContext:
     lie whole in one step (parted in two it yields another vector, silently), and llama.cpp pools.
     """
 
-    def __init__(
-        self, model: LlamaModel, *, pooling: str, n_ctx: int, causal: bool, n_threads: int, on_gpu: bool
-    ) -> None:
-        """Args:
+    def __init__(self, model: LlamaModel, *, pooling: str, n_ctx: int, causal: bool, n_threads: int) -> None:
+        """Makes the context; the model must stay open for as long.
+
+        Args:
             pooling: mean, cls or last.
             n_ctx: tokens of the longest text.
             causal: what the header says; llama.cpp's own word counts.
@@ -534,7 +534,7 @@ class EmbeddingContext:
         self._handle = None
         # A header may keep silent on what its architecture implies.
         for both_ways in (not causal, causal):
-            self._handle = self._make(n_ctx, both_ways=both_ways, n_threads=n_threads, on_gpu=on_gpu)
+            self._handle = self._make(n_ctx, both_ways=both_ways, n_threads=n_threads)
             if not self._handle:
                 raise LoadError("llama.cpp cannot make the context for embeddings: too little memory")
             if bool(lib.llama_get_causal_attn(self._handle)) is not both_ways:
@@ -549,7 +549,7 @@ class EmbeddingContext:
         self.n_embd: int = lib.llama_model_n_embd_out(model.handle)
         self._batch = Batch(self.n_step, self.n_pack_texts)
 
-    def _make(self, n_ctx: int, *, both_ways: bool, n_threads: int, on_gpu: bool) -> Any:
+    def _make(self, n_ctx: int, *, both_ways: bool, n_threads: int) -> Any:
         n_tokens = max(PACK_TOKENS, n_ctx)
         n_step = n_tokens if both_ways else min(n_tokens, causal_step_tokens(self._model.n_vocab))
         params = lib.llama_context_default_params()
@@ -559,8 +559,9 @@ class EmbeddingContext:
         params.n_threads = params.n_threads_batch = n_threads
         # One cache for all: else llama.cpp parts texts of unequal length.
         params.kv_unified = True
-        # llama.cpp looks whether this GPU has the kernel for the model's head size; small encoders' it often has not.
-        params.flash_attn_type = _FLASH_ATTN_AUTO if on_gpu else _FLASH_ATTN_OFF
+        # Without it the cost of a pack grows with the square of its tokens, on CPUs too (measured: five times at 512);
+        # automatic, because not every GPU has the kernel for a small encoder's heads.
+        params.flash_attn_type = _FLASH_ATTN_AUTO
         params.pooling_type = _POOLING_TYPES[self._pooling] if both_ways else _POOLING_NONE
         params.embeddings = True
         params.no_perf = True
@@ -650,8 +651,8 @@ class EmbeddingContext:
         self._model.handle  # noqa: B018
         if self._flag[0] == b"1":
             return False
-        # Without a memory llama.cpp takes this as llama_encode.
-        rc = int(lib.llama_decode(self.handle, self._batch.native))
+        evaluate = lib.llama_decode if self._memory else lib.llama_encode
+        rc = int(evaluate(self.handle, self._batch.native))
         if rc not in (DECODE_OK, DECODE_ABORTED):
             raise LlamaError(f"llama_decode failed with {rc}: the log's lines of `llama` say why")
         return rc == DECODE_OK

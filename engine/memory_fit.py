@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from engine.embedding_limits import PACK_TOKENS, causal_step_tokens
 from engine.model_info import ModelInfo
 from infsvc.errors import MemoryFitError
 
@@ -44,6 +45,30 @@ def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> Memo
         weight_bytes=info.weight_bytes,
         kv_bytes=per_token * per_sequence * n_slots,
         compute_bytes=n_batch * (info.n_vocab + 16 * info.n_embd) * 4 + 16 * 2**20,
+    )
+
+
+def estimate_embedding(info: ModelInfo, *, n_ctx: int, weights: bool) -> MemoryEstimate:
+    """What embedding texts of up to `n_ctx` tokens will take, after the longest one was seen.
+
+    Compute holds the output buffer and the graph of one step: where attention looks both ways, a step is a whole text,
+    or a pack of them, and the output buffer has `n_vocab + n_embd` floats for each of its tokens, although nobody reads
+    the logits. Where it looks back only, steps are small, there is a KV cache for one pack, and the graph computes
+    logits too.
+
+    Args:
+        weights: whether the weights are counted in; a model that also generates has them already.
+    """
+    longest = min(n_ctx or info.n_ctx_train, info.n_ctx_train or n_ctx)
+    n_pack = max(PACK_TOKENS, longest)
+    n_step = min(n_pack, causal_step_tokens(info.n_vocab)) if info.causal else n_pack
+    outputs = n_step * (info.n_vocab + info.n_embd) * 4
+    graph = n_step * 24 * info.n_embd * 4 + (n_step * info.n_vocab * 4 if info.causal else 0)
+    per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
+    return MemoryEstimate(
+        weight_bytes=info.weight_bytes if weights else 0,
+        kv_bytes=per_token * -(-n_pack // _CONTEXT_PADDING) * _CONTEXT_PADDING if info.causal else 0,
+        compute_bytes=outputs + graph + 16 * 2**20,
     )
 
 

@@ -10,10 +10,13 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from engine.embedding import Embedding, EmbeddingRequest
+from engine.embedding_job import EmbeddingJob
+from engine.embedding_text import token_lists
 from engine.fleet import Fleet
 from engine.generation import Generation
 from engine.logprobs import MAX_TOP
@@ -33,9 +36,10 @@ from infsvc.errors import (
     ModelNotLoaded,
     QueueFull,
     RequestError,
+    TextTooLong,
 )
 from infsvc.events import EventBus, RequestFinished, RequestStarted
-from infsvc.types import CompletionReply, CompletionRequest, Message, ModelState, Params, new_req_id
+from infsvc.types import Capability, CompletionReply, CompletionRequest, Message, ModelState, Params, new_req_id
 
 if TYPE_CHECKING:
     from engine.constraint import Grammars
@@ -104,6 +108,14 @@ class InferenceRequest:
             return json.dumps(self.tokens)
         return json.dumps([message.model_dump(exclude_none=True) for message in self.messages], ensure_ascii=False)
 
+    @property
+    def params_json(self) -> str:
+        return json.dumps(self.params.model_dump(exclude_none=True, exclude_defaults=True))
+
+
+AnyRequest = TypeVar("AnyRequest", InferenceRequest, EmbeddingRequest)
+Admitted = TypeVar("Admitted", Generation, Embedding)
+
 
 class InferenceService:
     """Admits requests to the fleet's engines."""
@@ -130,6 +142,16 @@ class InferenceService:
             RequestError: it cannot be served; its row in the audit log says `rejected`, or `error` for a fault of this
             node.
         """
+        return await self._recorded(request, self._admit)
+
+    async def embed(self, request: EmbeddingRequest) -> Embedding:
+        """Admits a request for embeddings; otherwise as `submit`."""
+        return await self._recorded(request, self._admit_texts)
+
+    async def _recorded(
+        self, request: AnyRequest, admit: Callable[[Worker, AnyRequest], Awaitable[Admitted]]
+    ) -> Admitted:
+        """Admits, or leaves the row of a request that was not."""
         worker = self._fleet.get(request.model)
         begun_s = time.perf_counter()
 
@@ -138,7 +160,7 @@ class InferenceService:
             self._not_run(worker, request, status, error, dur_ms, n_prompt_tokens)
 
         try:
-            return await self._admit(worker, request)
+            return await admit(worker, request)
         except RequestError as error:
             leave_row("rejected", f"{error.code}: {error}", getattr(error, "n_prompt_tokens", 0))
             raise
@@ -159,28 +181,28 @@ class InferenceService:
         async with await self.submit(request) as generation:
             return await generation.result()
 
-    def answered_again(self, request: InferenceRequest, answer: dict[str, Any]) -> None:
+    def answered_again(self, request: InferenceRequest | EmbeddingRequest, answer: dict[str, Any]) -> None:
         """Leaves the row of a repeat that got an earlier answer: nothing was computed."""
         worker = self._fleet.get(request.model)
         row = self._row(request, "replayed", error=answer.get("error"))
         known = {key: answer[key] for key in ("tokens_in", "tokens_out", "finish_reason", "reasoning") if key in answer}
         worker.audit.record(replace(row, response_text=answer.get("text"), **known))
 
-    def refused(self, request: InferenceRequest, error: RequestError) -> None:
+    def refused(self, request: InferenceRequest | EmbeddingRequest, error: RequestError) -> None:
         """Leaves the row of a request that a door refused by itself."""
         self._fleet.get(request.model).audit.record(self._row(request, "rejected", error=f"{error.code}: {error}"))
 
-    def withdrawn(self, request: InferenceRequest) -> None:
+    def withdrawn(self, request: InferenceRequest | EmbeddingRequest) -> None:
         """Leaves the row of a request that was cancelled while it waited outside this process."""
         row = self._row(request, "cancelled", error=None)
         self._fleet.get(request.model).audit.record(row)
 
-    def live(self) -> Iterator[Generation]:
+    def live(self) -> Iterator[Generation | Embedding]:
         """All requests that wait or run, oldest first within a model."""
         for worker in self._fleet.workers.values():
             yield from worker.requests.values()
 
-    def find(self, req_id: str) -> Generation | None:
+    def find(self, req_id: str) -> Generation | Embedding | None:
         """A live request by its id."""
         return next((generation for generation in self.live() if generation.req_id == req_id), None)
 
@@ -200,15 +222,15 @@ class InferenceService:
 
     async def _admit(self, worker: Worker, request: InferenceRequest) -> Generation:
         self._check_ready(worker)
-        self._check_supported(request)
-        if worker.audit.unavailable is not None:
-            raise AuditUnavailable(f"the audit log takes no more rows: {worker.audit.unavailable}")
-        capacity = worker.settings.queue_max_msgs
-        n_elsewhere = 0 if request.queued else worker.n_queued_durable
-        if worker.n_in_flight + n_elsewhere >= worker.n_slots + capacity:
-            raise QueueFull(
-                model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=retry_after_s(worker)
+        if worker.engine is None:
+            why = worker.evidence(Capability.TEXT_GENERATION)
+            raise BadRequest(
+                f"{worker.name} is an embedding model ({why}) and generates no text: send texts to /v1/embeddings or "
+                "its embedding subject",
+                param="model",
             )
+        self._check_supported(request)
+        self._check_room(worker, queued=request.queued)
         with worker.preparing():
             params = request.params
             (formatted, tokens, parser), constraint = await asyncio.get_running_loop().run_in_executor(
@@ -273,6 +295,91 @@ class InferenceService:
         engine.submit(sequence)
         return generation
 
+    async def _admit_texts(self, worker: Worker, request: EmbeddingRequest) -> Embedding:
+        self._check_ready(worker)
+        if not worker.has(Capability.EMBEDDINGS):
+            raise BadRequest(f"{worker.name} cannot embed: {worker.evidence(Capability.EMBEDDINGS)}", param="model")
+        self._check_room(worker, queued=request.queued)
+        with worker.preparing():
+            embedder = await self._fleet.embedder(worker)
+            self._check_ready(worker)
+            if request.dimensions is not None and request.dimensions > embedder.n_embd:
+                raise BadRequest(
+                    f"dimensions: {worker.name} computes vectors of {embedder.n_embd} values", param="dimensions"
+                )
+            texts = await asyncio.get_running_loop().run_in_executor(
+                self._fleet.pool, token_lists, request.input, embedder.model
+            )
+            self._check_ready(worker)
+            tokens_in = sum(map(len, texts))
+            for index, text in enumerate(texts):
+                if len(text) > embedder.n_ctx:
+                    n_ctx_train = worker.info.n_ctx_train if worker.info else 0
+                    raise TextTooLong(
+                        index=index, n_prompt_tokens=len(text), n_ctx=embedder.n_ctx, n_ctx_train=n_ctx_train
+                    )
+            embedding = Embedding(
+                request,
+                tokens_in=tokens_in,
+                cancel=embedder.cancel,
+                on_done=lambda done: self._embedded(worker, done),
+            )
+            job = EmbeddingJob(texts, listener=embedding.on_event, priority=request.priority)
+            embedding.attach(job)
+            worker.requests[_free_key(worker, request.req_id)] = embedding
+        self._events.publish(
+            RequestStarted(model=worker.name, req_id=request.req_id, tokens_in=tokens_in, source=request.source)
+        )
+        embedder.submit(job)
+        return embedding
+
+    def _embedded(self, worker: Worker, embedding: Embedding) -> None:
+        _leave(worker, embedding)
+        worker.stats.finished(ttft_ms=None, latency_ms=embedding.duration_ms)
+        statuses: dict[str | None, tuple[AuditStatus, str]] = {
+            "done": ("ok", "stop"),
+            "cancelled": ("cancelled", "cancelled"),
+        }
+        status, reason = statuses.get(embedding.outcome, ("error", "error"))
+        worker.audit.record(
+            RequestRow(
+                **_asked(embedding.request),
+                ts=embedding.created_ts,
+                worker_id=self._node,
+                formatted_input=None,
+                response_text=None,
+                tokens_in=embedding.tokens_in,
+                tokens_out=0,
+                dur_ms=round(embedding.duration_ms, 3),
+                status=status,
+                error=embedding.error,
+                finish_reason=reason,
+            )
+        )
+        self._events.publish(
+            RequestFinished(
+                model=worker.name,
+                req_id=embedding.req_id,
+                tokens_in=embedding.tokens_in,
+                tokens_out=0,
+                ttft_ms=None,
+                duration_ms=embedding.duration_ms,
+                finish_reason=reason,
+                source=embedding.source,
+            )
+        )
+
+    @staticmethod
+    def _check_room(worker: Worker, *, queued: bool) -> None:
+        if worker.audit.unavailable is not None:
+            raise AuditUnavailable(f"the audit log takes no more rows: {worker.audit.unavailable}")
+        capacity = worker.settings.queue_max_msgs
+        n_elsewhere = 0 if queued else worker.n_queued_durable
+        if worker.n_in_flight + n_elsewhere >= worker.n_slots + capacity:
+            raise QueueFull(
+                model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=retry_after_s(worker)
+            )
+
     def _check_ready(self, worker: Worker) -> None:
         if self.draining:
             raise Draining("the node is shutting down")
@@ -298,9 +405,7 @@ class InferenceService:
     def _done(self, worker: Worker, generation: Generation) -> None:
         reply = generation.reply
         assert reply is not None
-        for key, live in tuple(worker.requests.items()):
-            if live is generation:
-                del worker.requests[key]
+        _leave(worker, generation)
         worker.stats.finished(ttft_ms=generation.ttft_ms, latency_ms=generation.duration_ms)
         status: AuditStatus = "ok"
         if reply.finish_reason in ("cancelled", "error"):
@@ -341,7 +446,7 @@ class InferenceService:
     def _not_run(
         self,
         worker: Worker,
-        request: InferenceRequest,
+        request: InferenceRequest | EmbeddingRequest,
         status: AuditStatus,
         error: str,
         dur_ms: float,
@@ -352,7 +457,7 @@ class InferenceService:
 
     def _row(
         self,
-        request: InferenceRequest,
+        request: InferenceRequest | EmbeddingRequest,
         status: AuditStatus,
         *,
         error: str | None,
@@ -373,7 +478,13 @@ class InferenceService:
         )
 
 
-def _asked(request: InferenceRequest) -> dict[str, Any]:
+def _leave(worker: Worker, ended: Generation | Embedding) -> None:
+    for key, live in tuple(worker.requests.items()):
+        if live is ended:
+            del worker.requests[key]
+
+
+def _asked(request: InferenceRequest | EmbeddingRequest) -> dict[str, Any]:
     """The columns that the request alone fills."""
     raw_input = request.raw_input
     return {
@@ -383,8 +494,8 @@ def _asked(request: InferenceRequest) -> dict[str, Any]:
         "reply_to": request.reply_to,
         "raw_input": raw_input,
         "input_len": len(raw_input),
-        "params_json": json.dumps(request.params.model_dump(exclude_none=True, exclude_defaults=True)),
-        "grammar_used": _grammar_used(request.params),
+        "params_json": request.params_json,
+        "grammar_used": _grammar_used(request.params) if isinstance(request, InferenceRequest) else None,
     }
 
 

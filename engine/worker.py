@@ -43,7 +43,11 @@ from infsvc.types import (
 if TYPE_CHECKING:
     from engine.constraint import Constraints, Grammars, Matcher
     from engine.download import Progress
+    from engine.embedder import Embedder
+    from engine.embedding import Embedding
     from engine.engine import Engine
+
+    LiveRequest = Generation | Embedding
 
 
 def timestamp(ts: float | None) -> str | None:
@@ -94,8 +98,9 @@ class Worker:
         self.info: ModelInfo | None = None
         self.claims: tuple[CapabilityClaim, ...] = ()
         self.engine: Engine | None = None
+        self.embedder: Embedder | None = None
         self.format: PromptFormat | None = None
-        self.requests: dict[str, Generation] = {}
+        self.requests: dict[str, LiveRequest] = {}
         self.n_preparing = 0
         self.n_queued_durable = 0
         self._quiet = asyncio.Event()
@@ -129,16 +134,29 @@ class Worker:
     @property
     def n_ctx(self) -> int:
         """Tokens of one sequence: the engine's while loaded, else what is asked for."""
-        if self.engine is not None:
-            return self.engine.n_ctx
+        running = self.engine or self.embedder
+        if running is not None:
+            return running.n_ctx
         return self.settings.ctx_size or (self.info.n_ctx_train if self.info else 0)
 
     @property
     def counters(self) -> EngineCounters:
-        return self.engine.counters if self.engine is not None else EngineCounters()
+        running = self.engine or self.embedder
+        return running.counters if running is not None else EngineCounters()
+
+    @property
+    def embeds_only(self) -> bool:
+        """Whether it is, or will be, loaded for embeddings alone."""
+        if self.claims:
+            return not self.has(Capability.TEXT_GENERATION)
+        return self.settings.model_format == "embedding"
 
     def has(self, capability: Capability) -> bool:
         return any(claim.capability is capability and claim.present for claim in self.claims)
+
+    def evidence(self, capability: Capability) -> str:
+        """Why it has the capability, or has not; empty before its file was read."""
+        return next((claim.evidence for claim in self.claims if claim.capability is capability), "")
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -157,8 +175,10 @@ class Worker:
         await self._quiet.wait()
 
     def learn(self, info: ModelInfo) -> None:
-        """Takes the header's facts over."""
-        self.info, self.claims = info, detect(info)
+        """Takes the header's facts over, as the worker file reads them."""
+        asked = self.settings
+        self.info = info
+        self.claims = detect(info, pooling=asked.pooling, embeds_only=asked.model_format == "embedding")
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         """Goes to another state and says so."""

@@ -18,6 +18,7 @@
     └── RequestError             one request cannot be served; has a code and a status
         ├── BadRequest           400
         │   ├── ContextLengthExceeded
+        │   ├── TextTooLong      a text to embed; never cut
         │   └── Unsupported      a field that changes meaning and is not supported
         ├── UnknownModel         404
         ├── UnknownRequest       404
@@ -33,9 +34,11 @@
         │   └── SchemaInvalid    the path in the schema
         ├── QueueFull            429
         ├── ClientGone           499
+        ├── Cancelled            499
         ├── EngineFailed         500
         ├── GivenUp              500   tried too often, kept as a dead letter
         ├── ModelNotLoaded       503
+        ├── CannotEmbed          503
         ├── Draining             503
         ├── QueueUnavailable     503   the durable queue: switched off, full disk, no broker
         ├── AuditUnavailable     503
@@ -239,6 +242,19 @@ class ContextLengthExceeded(BadRequest):
         )
 
 
+class TextTooLong(BadRequest):
+    """A text to embed has more tokens than the model reads at once."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, index: int, n_prompt_tokens: int, n_ctx: int, n_ctx_train: int) -> None:
+        self.index, self.n_prompt_tokens, self.n_ctx = index, n_prompt_tokens, n_ctx
+        mend = "shorten or split it" if n_ctx >= n_ctx_train else "shorten or split it, or raise CTX_SIZE"
+        super().__init__(
+            f"input {index} has {n_prompt_tokens} tokens and one text may have {n_ctx}: {mend}", param="input"
+        )
+
+
 class Unsupported(BadRequest):
     code = "unsupported"
 
@@ -373,6 +389,13 @@ class GivenUp(RequestError):
     code = "dead_letter"
 
 
+class Cancelled(RequestError):
+    """Someone cancelled it, and a part of its answer is of no use."""
+
+    status = 499
+    code = "cancelled"
+
+
 class EngineFailed(RequestError):
     status = 500
     code = "engine_failed"
@@ -393,6 +416,13 @@ class ModelNotLoaded(RequestError):
     def headers(self) -> dict[str, str]:
         seconds = {"loading": "2", "downloading": "10", "verifying": "5"}.get(self.state)
         return {"Retry-After": seconds} if seconds else {}
+
+
+class CannotEmbed(RequestError):
+    """The model runs, but what it needs to embed cannot be had."""
+
+    status = 503
+    code = "cannot_embed"
 
 
 class Draining(RequestError):

@@ -54,7 +54,9 @@ class Bert:
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
             mixed = (scores / scores.sum(axis=-1, keepdims=True)) @ v
             mixed = mixed.transpose(1, 0, 2).reshape(len(ids), -1)
-            x = self._norm(x + self._linear(mixed, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm")
+            x = self._norm(
+                x + self._linear(mixed, f"{layer}.attention.output.dense"), f"{layer}.attention.output.LayerNorm"
+            )
             wide = self._linear(x, f"{layer}.intermediate.dense")
             wide = wide * (1 + _erf(wide / math.sqrt(2))) / 2
             x = self._norm(x + self._linear(wide, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")

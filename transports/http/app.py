@@ -23,6 +23,7 @@ from transports.http import dashboard
 from transports.http.admin import Admin
 from transports.http.body import query, shown
 from transports.http.dead_letters import DeadLetterRoutes
+from transports.http.embeddings import Embeddings
 from transports.http.grammars import GrammarRoutes
 from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
 from transports.http.health import Health
@@ -48,11 +49,13 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
     """
     openai = OpenAI(node, model)
     completions, health, admin = Completions(node, model, openai), Health(node, model), Admin(node, model)
+    embeddings = Embeddings(node, model)
     durable = DeadLetterRoutes(node)
     grammars = GrammarRoutes(node)
     routes = [
         Route("/v1/completions", completions.create, methods=["POST"]),
         Route("/v1/chat/completions", openai.chat, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
         Route("/v1/models", openai.models),
         Route("/v1/models/{model}", openai.one_model),
         Route("/grammars", grammars.all, methods=["GET", "POST"]),

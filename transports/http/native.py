@@ -125,7 +125,7 @@ def _validated(body: dict[str, Any]) -> CompletionRequest:
 
 
 def trace_header(request: Request) -> str | None:
-    """The trace id that a client named in its headers."""
+    """The trace id that the header names; raises `BadRequest` for one that is too long."""
     header = request.headers.get(TRACE_HEADER)
     if header is not None and len(header) > _TRACE_CHARACTERS:
         raise BadRequest(

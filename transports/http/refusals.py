@@ -76,15 +76,20 @@ class Json(Response):
         return dumps(content)
 
 
+class Ready(Response):
+    """A JSON answer that is bytes already."""
+
+    media_type = "application/json"
+
+
 def req_id_header(req_id: str) -> dict[str, str]:
     """`X-Req-ID`; what a header cannot carry is percent-encoded."""
     return {"X-Req-ID": quote(req_id, safe="!#$&'()*+,/:;=?@[]~ |^`{}\"<>\\")}
 
 
 def answer(error: RequestError, req_id: str | None, *, openai_shaped: bool = False) -> Json:
-    """The answer to a request that cannot be served, native or in OpenAI's shape."""
+    """The answer to a request that cannot be served, in the native shape or OpenAI's."""
     headers = dict(error.headers)
     if req_id is not None:
         headers |= req_id_header(req_id)
-    body = error.openai() if openai_shaped else error.native(req_id)
-    return Json(body, status_code=error.status, headers=headers)
+    return Json(error.openai() if openai_shaped else error.native(req_id), status_code=error.status, headers=headers)

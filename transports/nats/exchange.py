@@ -17,13 +17,16 @@ from typing import Any
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from engine.embedding import EmbeddingRequest
 from engine.generation import Generation
 from engine.service import InferenceRequest, InferenceService
 from engine.worker import Worker
 from infsvc import subjects
+from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, DeadlineExceeded, RequestError
 from infsvc.types import CompletionChunk, CompletionRequest
 from transports.nats.bus import Bus, bounded
+from transports.nats.embedding import embed, validate_embedding
 from transports.nats.jetstream import Kept
 from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
 
@@ -45,7 +48,7 @@ class Exchange:
         reply: where a caller waits, or None; a stream's chunks go there.
         targets: every subject that gets the final answer.
         body: the JSON object, once it was read.
-        request: the native request, once it was found valid.
+        request: the request of the model's kind, once it was found valid.
         started: whether the service has it; `generation` is what runs for it then.
     """
 
@@ -56,7 +59,7 @@ class Exchange:
     req_id: str | None = None
     targets: list[str] = field(default_factory=list)
     body: dict[str, Any] = field(default_factory=dict)
-    request: CompletionRequest | None = None
+    request: CompletionRequest | EmbeddingBody | None = None
     started: bool = False
     generation: Generation | None = None
 
@@ -74,7 +77,8 @@ class Exchange:
         self.req_id = named(self.body, "req_id")
         self._address()
         if self.targets:
-            self.request = validate(self.body, model=self.worker.name, has_reply=bool(self.reply))
+            check = validate_embedding if self.worker.embeds_only else validate
+            self.request = check(self.body, model=self.worker.name, has_reply=bool(self.reply))
 
     def _address(self) -> None:
         """Adds where answers go beside the reply subject."""
@@ -102,16 +106,25 @@ class Exchange:
         if late_s > 0:
             raise DeadlineExceeded(f"the caller's deadline passed {late_s:.1f} s ago: nothing was computed")
 
-    def inference(self, *, queued: bool) -> InferenceRequest:
+    @property
+    def streams(self) -> bool:
+        """Whether the caller waits for chunks."""
+        return isinstance(self.request, CompletionRequest) and self.request.stream and self.reply is not None
+
+    def inference(self, *, queued: bool) -> InferenceRequest | EmbeddingRequest:
         """The request as the service takes it; also gives a nameless one its id."""
         assert self.request is not None
-        made = InferenceRequest.from_wire(
-            self.request if self.req_id is None else self.request.model_copy(update={"req_id": self.req_id}),
-            model=self.worker.name,
-            source="nats",
-            trace_id=self.headers.get(subjects.TRACE_HEADER),
-            queued=queued,
-        )
+        wire = self.request if self.req_id is None else self.request.model_copy(update={"req_id": self.req_id})
+        trace_id = self.headers.get(subjects.TRACE_HEADER)
+        made: InferenceRequest | EmbeddingRequest
+        if isinstance(wire, EmbeddingBody):
+            made = EmbeddingRequest.from_wire(
+                wire, model=self.worker.name, source="nats", trace_id=trace_id, queued=queued
+            )
+        else:
+            made = InferenceRequest.from_wire(
+                wire, model=self.worker.name, source="nats", trace_id=trace_id, queued=queued
+            )
         self.req_id = made.req_id
         return made
 
@@ -140,9 +153,11 @@ class Exchanges:
         inference = exchange.inference(queued=queued)
         assert exchange.request is not None
         exchange.started = True
+        if isinstance(inference, EmbeddingRequest):
+            return await embed(self._service, inference)
         async with await self._service.submit(inference) as generation:
             exchange.generation = generation
-            if exchange.request.stream and exchange.reply:
+            if exchange.streams and exchange.reply:
                 # A request with an id is finished all the same: its caller may come back and ask for it.
                 may_stop = exchange.request.req_id is None and exchange.targets == [exchange.reply]
                 async with self._watching(generation) if may_stop else nullcontext("") as watch:
@@ -183,7 +198,7 @@ class Exchanges:
         """Sends an earlier answer again, in the form that this caller asked for."""
         assert exchange.request is not None
         answer = {key: value for key, value in answer.items() if key != "done"}
-        if exchange.request.stream and exchange.reply and "text" in answer:
+        if exchange.streams and exchange.reply and "text" in answer:
             if answer["text"]:
                 event = CompletionChunk(req_id=answer["req_id"], index=0, text=answer["text"])
                 await self._bus.publish(exchange.reply, encode(event.model_dump()))

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, RequestError, TooLarge
 from infsvc.types import MAX_BODY_BYTES, CompletionRequest
 
@@ -73,10 +74,21 @@ def validate(body: dict[str, Any], *, model: str, has_reply: bool) -> Completion
     try:
         request = CompletionRequest.model_validate({key: value for key, value in body.items() if key not in INERT})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise BadRequest(f"{param}: {message}" if param else message, param=param or None) from None
+        raise complaint(error) from None
+    check_address(request, model=model, has_reply=has_reply)
+    return request
+
+
+def complaint(error: ValidationError) -> BadRequest:
+    """The first thing that pydantic found wrong, with its field."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    param = ".".join(str(part) for part in first["loc"])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return BadRequest(f"{param}: {message}" if param else message, param=param or None)
+
+
+def check_address(request: CompletionRequest | EmbeddingBody, *, model: str, has_reply: bool) -> None:
+    """Refuses a request that names another model, or a `reply_to` where no answer can go; see `validate`."""
     if request.model is not None and request.model != model:
         raise BadRequest(f"this subject belongs to {model}, and the message names {request.model}", param="model")
     if request.reply_to is not None:
@@ -88,7 +100,6 @@ def validate(body: dict[str, Any], *, model: str, has_reply: bool) -> Completion
             )
         if has_reply and request.req_id is None:
             raise BadRequest("reply_to needs a req_id, so that its reader knows the answer", param="req_id")
-    return request
 
 
 def is_answerable(subject: str) -> bool:

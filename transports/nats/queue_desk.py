@@ -83,7 +83,7 @@ class QueueDesk:
             ).wire()
             if exchange.request is not None:
                 self._service.withdrawn(exchange.inference(queued=True))
-                if exchange.request.stream and exchange.reply:
+                if exchange.streams:
                     reply["done"] = True
             await self._exchanges.answer(exchange, reply)
             return True
