@@ -33,7 +33,7 @@ def test_a_generative_model(tiny_model: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("capability", [Capability.EMBEDDINGS, Capability.TOOL_CALLING])
+@pytest.mark.parametrize("capability", [Capability.TOOL_CALLING])
 def test_what_this_version_does_not_serve_is_not_claimed(tmp_path: Path, capability: Capability) -> None:
     template = CHATML + "{% if tools %}{{ tools | tojson }}{% endif %}"
     claim = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=template))[capability]
@@ -47,10 +47,29 @@ def test_an_embedding_model_claims_no_text(tmp_path: Path) -> None:
     )
     assert not found[Capability.TEXT_GENERATION].present
     assert found[Capability.TEXT_GENERATION].evidence == "pooling type mean"
-    assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type mean")
+    assert found[Capability.EMBEDDINGS] == CapabilityClaim(Capability.EMBEDDINGS, True, "pooling type mean")
     assert not found[Capability.REASONING].present
     assert not found[Capability.TOOL_CALLING].present
     assert not found[Capability.GRAMMAR_CONSTRAINED].present
+
+
+def test_a_generative_model_embeds_too(tiny_model: Path) -> None:
+    claim = claims(tiny_model)[Capability.EMBEDDINGS]
+    assert (claim.present, claim.evidence) == (True, "no pooling type: mean of hidden states")
+
+
+def test_what_the_worker_file_says_is_the_evidence_where_it_counts(tiny_model: Path) -> None:
+    found = {claim.capability: claim for claim in detect(read_model_info(tiny_model), pooling="cls", embeds_only=True)}
+    assert found[Capability.EMBEDDINGS].evidence == "POOLING=cls in the worker file"
+    text = found[Capability.TEXT_GENERATION]
+    assert (text.present, text.evidence) == (False, "MODEL_FORMAT=embedding")
+
+
+def test_a_reranker_claims_neither(tmp_path: Path) -> None:
+    found = claims(write_tiny_model(tmp_path / "m.gguf", pooling=4))
+    assert not found[Capability.TEXT_GENERATION].present
+    assert not found[Capability.EMBEDDINGS].present
+    assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type rank (a reranker")
 
 
 def test_an_unknown_pooling_type_is_an_embedding_model_too(tiny_model: Path, tmp_path: Path) -> None:

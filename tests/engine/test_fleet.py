@@ -108,7 +108,7 @@ async def test_one_that_cannot_load_fails_with_its_reason_and_the_others_go_on(h
     (home / "data/models/folder/model.gguf").mkdir(parents=True)
     put(home, "broken-template", write_tiny_model(home / "t.gguf", chat_template="{% if %}").read_bytes())
     put(home, "broken-override", data).with_name(TEMPLATE_FILE).write_text("{")
-    put(home, "embeds", write_tiny_model(home / "e.gguf", pooling=1).read_bytes())
+    put(home, "ranks", write_tiny_model(home / "r.gguf", pooling=4).read_bytes())
     reasons = {
         "missing": "is missing",
         "truncated": "bytes are missing",
@@ -117,7 +117,7 @@ async def test_one_that_cannot_load_fails_with_its_reason_and_the_others_go_on(h
         "folder": "is a folder",
         "broken-template": "does not compile",
         "broken-override": TEMPLATE_FILE,
-        "embeds": "embedding model",
+        "ranks": "a reranker",
     }
     async with running_node(home, *(worker_settings(name) for name in (*reasons, "a"))) as node:
         for name in (*reasons, "a"):

@@ -39,6 +39,7 @@ class FakeWorker:
         self.state = ModelState.READY
         self.reason: str | None = None
         self.asked = True
+        self.embeds_only = False
         self.n_active = self.n_in_line = self.n_queued_durable = self.n_in_flight = 0
         self.audit = FakeAudit()
         self.n_slots = self.settings.worker_concurrency
