@@ -532,6 +532,7 @@ class EmbeddingContext:
         self._model, self._pooling = model, pooling
         self._flag = ctypes.create_string_buffer(b"0", 2)
         self._handle = None
+        self._pool: _ThreadPool | None = None
         # A header may keep silent on what its architecture implies.
         for both_ways in (not causal, causal):
             self._handle = self._make(n_ctx, both_ways=both_ways, n_threads=n_threads)
@@ -540,6 +541,8 @@ class EmbeddingContext:
             if bool(lib.llama_get_causal_attn(self._handle)) is not both_ways:
                 break
             self.close()
+        self._pool = _ThreadPool(n_threads)
+        self._pool.attach(self._handle)
         self.both_ways = both_ways
         self._memory = lib.llama_get_memory(self._handle)
         self.n_ctx = n_ctx
@@ -574,6 +577,8 @@ class EmbeddingContext:
         handle, self._handle = self._handle, None
         if handle:
             lib.llama_free(handle)
+            if self._pool is not None:
+                self._pool.close()
 
     @property
     def handle(self) -> Any:
