@@ -12,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import re
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +53,8 @@ _ABORT = ctypes.cast(_C.atoi, lib.ggml_abort_callback)
 if hasattr(_C, "malloc_trim"):
     _C.mallopt(-8, 2)
 
+
+_HANGUL = re.compile("[\uac00-\ud7a3]+")
 
 _SHARED = Path(lib.__file__).parent / "lib"
 _POLL = 50
@@ -190,6 +194,7 @@ class LlamaModel:
             [token for token in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, token)], dtype=np.int64
         )
         self._eog = frozenset(self.eog.tolist())
+        self._parts_hangul = self._strips_accents()
         self._pieces: dict[int, bytes] = {}
         self._special_pieces: dict[int, bytes] = {}
 
@@ -225,6 +230,19 @@ class LlamaModel:
         """Whether the token ends an answer."""
         return token in self._eog
 
+    def _strips_accents(self) -> bool:
+        """Whether this is a WordPiece vocabulary whose texts are decomposed (NFD). llama.cpp's table for that lacks the
+        Korean syllables, which Unicode decomposes by rule."""
+        if lib.llama_vocab_type(self._vocab) != lib.LLAMA_VOCAB_TYPE_WPM:
+            return False
+        lowercase = self._flag("tokenizer.ggml.normalizer.lowercase", default=True)
+        return self._flag("tokenizer.ggml.normalizer.strip_accents", default=lowercase)
+
+    def _flag(self, key: str, *, default: bool) -> bool:
+        buffer = ctypes.create_string_buffer(16)
+        n = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return default if n < 0 else buffer.value == b"true"
+
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Text → token ids. Any thread.
 
@@ -232,6 +250,8 @@ class LlamaModel:
             add_special: whether the vocabulary's BOS (and EOS) is added, as its file says.
             parse_special: whether marks such as `<|im_start|>` in the text become their control tokens.
         """
+        if self._parts_hangul:
+            text = _HANGUL.sub(lambda found: unicodedata.normalize("NFD", found[0]), text)
         data = text.encode("utf-8", errors="replace")
         if len(data) > 2**30:
             raise LlamaError(f"a text of {len(data)} bytes is too long")
