@@ -265,8 +265,8 @@ class Embedder:
         self.counters.max_batch_sequences = max(self.counters.max_batch_sequences, len(texts))
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         for (job, index), vector, norm in zip(pack, vectors, norms, strict=True):
-            if job not in self._jobs:
-                continue
+            if job.cancelled or job not in self._jobs:
+                continue  # the next step tells the former
             if not np.isfinite(norm) or norm == 0:
                 self._finish(job, "error", "the model computed no usable vector: its file is damaged")
                 continue

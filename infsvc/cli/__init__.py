@@ -11,6 +11,7 @@ from infsvc import __version__
 _COMMANDS = {
     "serve": "Run a node without a screen.",
     "chat": "Ask a model, once or in a conversation.",
+    "embed": "Turn texts into vectors.",
     "status": "Say what runs, once.",
     "models": "List the models, fetch and remove their files.",
     "logs": "Print a model's audit rows.",

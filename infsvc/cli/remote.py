@@ -69,5 +69,7 @@ def checked(response: httpx2.Response) -> Any:
             f"{response.url} answered {response.status_code} and no JSON: is it an infsvc node?"
         ) from None
     if response.is_error:
-        raise RemoteError(str(body.get("error", body)) if isinstance(body, dict) else str(body))
+        said = body.get("error", body) if isinstance(body, dict) else body
+        # OpenAI's shape has the sentence one level down.
+        raise RemoteError(str(said.get("message", said) if isinstance(said, dict) else said))
     return body

@@ -27,6 +27,7 @@ def node(serve: Callable[..., Served]) -> Served:
         (),
         ("serve",),
         ("chat",),
+        ("embed",),
         ("status",),
         ("queue",),
         ("start",),
@@ -76,6 +77,26 @@ def test_chat_says_what_is_wrong(infsvc: Run) -> None:
     assert infsvc("chat", stdin="").returncode == 2
 
 
+@pytest.mark.usefixtures("node")
+def test_embed_over_http_and_what_is_wrong(infsvc: Run) -> None:
+    told = infsvc("embed", "-m", "tiny", "--input", "hello", "--input", "world", "--dimensions", "8")
+    assert told.returncode == 0, told.stderr
+    first, second = told.stdout.splitlines()
+    assert first.startswith("8 dimensions  [")
+    assert first.endswith("…]  hello")
+    assert second.endswith("world")
+    assert "tokens, tiny" in told.stderr
+    answer = json.loads(infsvc("embed", "-m", "tiny", "--input", "hello", "--json").stdout)
+    assert len(answer["data"][0]["embedding"]) == 64
+    unloaded = infsvc("embed", "--input", "x")
+    assert (unloaded.returncode, "no model 'nomic-embed-v1.5'" in unloaded.stderr) == (1, True)
+    generates = infsvc("embed", "-s", "inference.request.tiny", "--input", "x")
+    assert (generates.returncode, "input" in generates.stderr) == (1, True)
+    silent = infsvc("embed", "-s", "embedding.request.nobody", "--input", "x")
+    assert (silent.returncode, "nobody answers on" in silent.stderr) == (1, True)
+    assert infsvc("embed").returncode == 2
+
+
 def test_without_a_node_the_commands_say_how_to_start_one(infsvc: Run) -> None:
     for command in (("status",), ("chat", "--input", "x")):
         told = infsvc(*command)
@@ -92,7 +113,7 @@ def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
     assert any(line.split()[:4] == ["tiny", "alpha", "online", "llama"] for line in table)
     services = {service["model_name"]: service for service in json.loads(infsvc("status", "--json").stdout)}
     assert services["tiny"]["status"] == "online"
-    assert services["tiny"]["capabilities"] == ["text-generation", "grammar-constrained"]
+    assert services["tiny"]["capabilities"] == ["text-generation", "embeddings", "grammar-constrained"]
 
 
 def test_start_and_stop_make_use_of_one_node(infsvc: Run) -> None:

@@ -386,7 +386,7 @@ async def test_scan_learns_what_is_on_disk_without_loading(home: Path) -> None:
         info = node.fleet.get("a").info
         assert info is not None
         assert info.n_params > 0
-        assert node.fleet.get("a").health().capabilities == ["text-generation", "grammar-constrained"]
+        assert node.fleet.get("a").health().capabilities == ["text-generation", "embeddings", "grammar-constrained"]
         assert node.fleet.get("garbage").state == "on_disk"
         assert [event.code for event in node.events if isinstance(event, LogLine)] == ["model.unreadable"]
         await node.loaded("a")

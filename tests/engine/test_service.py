@@ -420,7 +420,7 @@ async def test_the_documents_of_a_loaded_model(node: Node, monkeypatch: pytest.M
         "http://127.0.0.1/a",
     )
     assert health.nats_topic == "inference.request.a"
-    assert health.capabilities == ["text-generation", "grammar-constrained"]
+    assert health.capabilities == ["text-generation", "embeddings", "grammar-constrained"]
     assert health.model_info is not None
     assert health.model_info.model_dump() == {
         "architecture": "llama",
