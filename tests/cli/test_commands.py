@@ -89,7 +89,7 @@ def test_embed_over_http_and_what_is_wrong(infsvc: Run) -> None:
     answer = json.loads(infsvc("embed", "-m", "tiny", "--input", "hello", "--json").stdout)
     assert len(answer["data"][0]["embedding"]) == 64
     unloaded = infsvc("embed", "--input", "x")
-    assert (unloaded.returncode, "no model 'nomic-embed-v1.5'" in unloaded.stderr) == (1, True)
+    assert (unloaded.returncode, "nomic-embed-v1.5 is absent" in unloaded.stderr) == (1, True)
     generates = infsvc("embed", "-s", "inference.request.tiny", "--input", "x")
     assert (generates.returncode, "input" in generates.stderr) == (1, True)
     silent = infsvc("embed", "-s", "embedding.request.nobody", "--input", "x")

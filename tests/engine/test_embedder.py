@@ -106,6 +106,19 @@ async def test_an_encoder_agrees_with_its_reference_alone_and_in_company(bert: B
         assert one @ other > 0.99999
 
 
+@pytest.mark.parametrize("architecture", ["nomic-bert", "nomic-bert-moe"])
+async def test_the_relatives_of_bert_load_and_care_for_no_company(
+    bert: Bert, tmp_path: Path, architecture: str
+) -> None:
+    path = write_bert(tmp_path / "m.gguf", bert, architecture=architecture)
+    texts = [ids(n, start=n) for n in (3, 10, 64)]
+    async with running_embedder(path) as embedder:
+        together = await vectors(embedder, *texts)
+        alone = np.concatenate([await vectors(embedder, text) for text in texts])
+    assert (together * alone).sum(axis=1).min() > 0.9999
+    assert (together @ together.T)[0, 1] < 0.99
+
+
 MINILM = minilm_folder()
 
 
