@@ -424,7 +424,7 @@ async def test_the_documents_of_a_loaded_model(node: Node, monkeypatch: pytest.M
     assert health.model_info is not None
     assert health.model_info.model_dump() == {
         "architecture": "llama",
-        "modalities": ["text"],
+        "modalities": ["text", "embeddings"],
         "parameter_count": "91K",
         "context_size": 256,
         "embedding_size": 64,
