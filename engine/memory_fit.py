@@ -63,12 +63,12 @@ def estimate_embedding(info: ModelInfo, *, n_ctx: int, weights: bool) -> MemoryE
     n_pack = max(PACK_TOKENS, longest)
     n_step = min(n_pack, causal_step_tokens(info.n_vocab)) if info.causal else n_pack
     outputs = n_step * (info.n_vocab + info.n_embd) * 4
-    graph = n_step * 24 * info.n_embd * 4 + (n_step * info.n_vocab * 4 if info.causal else 0)
+    graph = n_step * 20 * info.n_embd * 4 + (n_step * info.n_vocab * 4 if info.causal else 0)
     per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
     return MemoryEstimate(
         weight_bytes=info.weight_bytes if weights else 0,
         kv_bytes=per_token * -(-n_pack // _CONTEXT_PADDING) * _CONTEXT_PADDING if info.causal else 0,
-        compute_bytes=outputs + graph + 16 * 2**20,
+        compute_bytes=outputs + graph + 4 * 2**20,
     )
 
 

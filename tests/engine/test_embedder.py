@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 
 from engine.embedder import Embedder, EmbedderOptions
@@ -178,6 +179,19 @@ def pooled_by_llama(path: Path, tokens: list[int], pooling: str) -> np.ndarray:
     lib.llama_free(context)
     model.close()
     return values / np.linalg.norm(values)
+
+
+async def test_a_large_vocabulary_costs_a_generating_model_little_memory(tmp_path: Path) -> None:
+    """Read in one step, this text would need 1.2 GB for logits that nobody reads, twice."""
+    path = write_tiny_model(tmp_path / "m.gguf", n_vocab=150_000, n_embd=32, n_ctx=2048)
+    model, process = LlamaModel(path), psutil.Process()
+    before = process.memory_info().rss
+    context = EmbeddingContext(model, pooling="mean", n_ctx=2048, causal=True, n_threads=1)
+    assert context.embed([ids(2048)]) is not None
+    grown = process.memory_info().rss - before
+    context.close()
+    model.close()
+    assert grown < 250 * 2**20
 
 
 async def test_attention_that_looks_both_ways_is_llama_cpps_word_not_the_callers(bert_file: Path) -> None:

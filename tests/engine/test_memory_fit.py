@@ -11,6 +11,7 @@ from engine import memory_fit
 from engine.memory_fit import MemoryEstimate
 from engine.model_info import read_model_info
 from infsvc.errors import MemoryFitError
+from tests.bert_files import random_bert, write_bert
 
 HUGE = 2**60
 
@@ -30,6 +31,19 @@ def test_the_context_counts_as_the_engine_will_make_it(tiny_model: Path, n_ctx: 
     info = read_model_info(tiny_model)
     need = memory_fit.estimate(info, n_ctx=n_ctx, n_slots=1, n_batch=512)
     assert need.kv_bytes == 2 * (16 + 16) * 2 * 2 * counted
+
+
+def test_what_embedding_takes(tiny_model: Path, tmp_path: Path) -> None:
+    """Where attention looks both ways the logits of the longest text count, although nobody reads them; where it looks
+    back only, those of one step, and a cache."""
+    encoder = read_model_info(write_bert(tmp_path / "m.gguf", random_bert(n_ctx=1024)))
+    need = memory_fit.estimate_embedding(encoder, n_ctx=0, weights=True)
+    assert (need.weight_bytes, need.kv_bytes) == (encoder.weight_bytes, 0)
+    assert need.compute_bytes > 1024 * (encoder.n_vocab + 64) * 4
+    causal = read_model_info(tiny_model)
+    need = memory_fit.estimate_embedding(causal, n_ctx=1024, weights=False)
+    assert (need.weight_bytes, need.kv_bytes) == (0, 2 * (16 + 16) * 2 * 2 * 1024)
+    assert need.compute_bytes < 16 * 2**20
 
 
 def test_more_than_the_machine_has_is_refused_with_figures() -> None:
