@@ -42,7 +42,7 @@ def varied_texts(n: int) -> list[str]:
     random_ = random.Random(7)
     texts = [*_QUESTIONS, *_ANSWERS, " ".join(["river"] * 510), *_KINDS]
     while len(texts) < n:
-        words = random_.choices(_WORDS, k=random_.choice((2, 5, 9, 15, 30, 60)))
+        words = random_.choices(_WORDS, k=random_.choice((2, 5, 9, 15, 24)))
         text = " ".join(words)
         texts.append(random_.choice((text, text.capitalize() + ".", text.upper(), f"{text}: {random_.choice(_KINDS)}")))
     return texts[:n]
