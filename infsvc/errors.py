@@ -18,7 +18,7 @@
     └── RequestError             one request cannot be served; has a code and a status
         ├── BadRequest           400
         │   ├── ContextLengthExceeded
-        │   ├── TextTooLong      a text to embed; never cut
+        │   │   └── TextTooLong  a text to embed; never cut
         │   └── Unsupported      a field that changes meaning and is not supported
         ├── UnknownModel         404
         ├── UnknownRequest       404
@@ -242,16 +242,14 @@ class ContextLengthExceeded(BadRequest):
         )
 
 
-class TextTooLong(BadRequest):
+class TextTooLong(ContextLengthExceeded):
     """A text to embed has more tokens than the model reads at once."""
-
-    code = "context_length_exceeded"
 
     def __init__(self, *, index: int, n_prompt_tokens: int, n_ctx: int, n_ctx_train: int) -> None:
         self.index, self.n_prompt_tokens, self.n_ctx = index, n_prompt_tokens, n_ctx
         mend = "shorten or split it" if n_ctx >= n_ctx_train else "shorten or split it, or raise CTX_SIZE"
-        super().__init__(
-            f"input {index} has {n_prompt_tokens} tokens and one text may have {n_ctx}: {mend}", param="input"
+        RequestError.__init__(
+            self, f"input {index} has {n_prompt_tokens} tokens and one text may have {n_ctx}: {mend}", param="input"
         )
 
 
