@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import httpx2
 import uvicorn
@@ -74,7 +75,12 @@ def app(url: str, model: str) -> Starlette:
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
 
-    return Starlette(routes=[Route("/", page), Route("/chat", chat, methods=["POST"])])
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    return Starlette(routes=[Route("/", page), Route("/chat", chat, methods=["POST"])], lifespan=lifespan)
 
 
 def main() -> None:
