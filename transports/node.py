@@ -32,6 +32,7 @@ from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
 from storage.node_state import NodeState
 from transports.logs import NodeLog
+from transports.metrics import Metrics
 from transports.nats.bus import Bus
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
@@ -128,6 +129,7 @@ class Node:
         self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
         self.micro = MicroService(self.bus, self.fleet, self.events, node=self.name, start_time=self.start_time)
         self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
+        self.metrics = Metrics(self.fleet, self.events)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None
         self._exits = contextlib.AsyncExitStack()

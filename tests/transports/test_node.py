@@ -393,3 +393,17 @@ async def test_the_logger_is_left_as_it_was_found(home: Path) -> None:
     async with build(home, embedded_nats="off", log_level="error"):
         assert (logger.level, logger.propagate) == (logging.ERROR, False)
     assert (logger.level, logger.propagate, logger.handlers) == before
+
+
+async def test_the_metrics_of_a_request(http: httpx2.AsyncClient) -> None:
+    body = {"input": "hello", "params": {"max_tokens": 5, "temperature": 0}}
+    reply = (await http.post("/v1/completions", json=body)).json()
+    answer = await http.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    told = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+    assert told['infsvc_request_success_total{finished_reason="length",model="tiny"}'] == "1.0"
+    assert told['infsvc_generation_tokens_total{model="tiny"}'] == "5.0"
+    assert float(told['infsvc_prompt_tokens_total{model="tiny"}']) == reply["tokens_in"]
+    assert told['infsvc_time_to_first_token_seconds_count{model="tiny"}'] == "1.0"
+    assert told['infsvc_model_state{model="tiny",state="ready"}'] == "1.0"
+    assert told['infsvc_num_requests_running{model="tiny"}'] == "0.0"

@@ -26,6 +26,7 @@ from infsvc.types import ModelState
 from transports.http.body import query, read_object, shown
 from transports.http.refusals import CannotLoad, Json
 from transports.http.streams import EventStream, beside, comment, data
+from transports.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from transports.node import Node
@@ -60,6 +61,11 @@ class Admin:
             since=_since(asked.get("since")),
         )
         return Json({"rows": rows})
+
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: every model's figures, for Prometheus."""
+        query(request)
+        return Response(self._node.metrics.page(), media_type=CONTENT_TYPE)
 
     def _log_model(self, named: str | None) -> str:
         if self._model is not None:

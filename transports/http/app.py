@@ -62,6 +62,7 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         Route("/grammars/{name:path}", grammars.one, methods=["GET", "PUT", "DELETE"]),
         Route("/healthz", health.show),
         Route("/logs", admin.logs),
+        Route("/metrics", admin.metrics),
         Route("/api/services", admin.services),
         Route("/api/services/{model}", admin.service),
         Route("/api/events", admin.events),
