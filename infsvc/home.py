@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,9 +80,9 @@ class Home:
         try:
             for folder in ("data/logs", "data/run", "data/models", "envs"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
-                probe = self.root / folder / ".writable"
-                probe.write_bytes(b"")
-                probe.unlink()
+                # A name of its own: another process may look at the same moment.
+                with tempfile.TemporaryFile(dir=self.root / folder):
+                    pass
         except OSError as error:
             raise HomeError(
                 f"the home folder {self.root} cannot be written ({error.strerror or error}): "

@@ -70,7 +70,7 @@ async def test_every_node_live_and_nothing_from_the_bus_is_markup(pair: Pair, tm
             assert shown in text
         assert pair.alpha.fleet.get("tiny").endpoint in text
         matrix = "[...document.querySelectorAll('#matrix tbody tr')].map((row) => row.innerText.replaceAll('\\t', ' '))"
-        assert "tiny @beta ✓ · · · ✓" in await page.run(matrix)
+        assert "tiny @beta ✓ ✓ · · ✓" in await page.run(matrix)
         # What happens shows without a reload: a request, and another node's model that goes.
         await client.infer("hello", model="tiny", req_id="seen-here", max_tokens=2)
         await page.until("document.querySelector('#log').innerText.includes('seen-here: ')")

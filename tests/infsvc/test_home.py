@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -155,7 +156,14 @@ def test_the_folders_of_a_home_are_made(home: Home) -> None:
     lock.release()
 
 
-@pytest.mark.parametrize("blocked", ["", "data", "data/run", "data/run/.writable", "data/run/node.lock"])
+def test_a_home_is_made_by_several_at_once(home: Home) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = [pool.submit(home.make) for _ in range(200)]
+    for each in made:
+        each.result()
+
+
+@pytest.mark.parametrize("blocked", ["", "data", "data/run", "data/run/node.lock"])
 def test_a_home_that_cannot_be_written_says_so(home: Home, blocked: str) -> None:
     """A file where a folder should be, or the other way round: it stops root too, which permissions do not."""
     if blocked.startswith("data/run/"):
