@@ -13,7 +13,6 @@ import ctypes
 import ctypes.util
 import os
 import re
-import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +55,6 @@ if hasattr(_C, "malloc_trim"):
 
 _HANGUL = re.compile("[\uac00-\ud7a3]+")
 
-_SHARED = Path(lib.__file__).parent / "lib"
 _POLL = 50
 """How long a thread spins for the next graph before it sleeps, 0 to 100: ggml's own default."""
 
@@ -83,13 +81,15 @@ class _ThreadPool:
     """
 
     def __init__(self, n_threads: int) -> None:
-        base, cpu, llama = (ctypes.CDLL(str(_library(name))) for name in ("ggml-base", "ggml-cpu", "llama"))
-        defaults = base.ggml_threadpool_params_default
+        # Looked up through the library that llama_cpp has loaded, and so in the very ggml that it uses. Opened by path,
+        # a file of the package is a second copy, whose threads know nothing of the first one's buffers.
+        library = lib.llama_cpp._lib
+        defaults = library.ggml_threadpool_params_default
         defaults.restype, defaults.argtypes = _ThreadPoolParams, [ctypes.c_int]
-        make, self._free = cpu.ggml_threadpool_new, cpu.ggml_threadpool_free
+        make, self._free = library.ggml_threadpool_new, library.ggml_threadpool_free
         make.restype, make.argtypes = ctypes.c_void_p, [ctypes.POINTER(_ThreadPoolParams)]
         self._free.restype, self._free.argtypes = None, [ctypes.c_void_p]
-        self._attach = llama.llama_attach_threadpool
+        self._attach = library.llama_attach_threadpool
         self._attach.restype, self._attach.argtypes = None, [ctypes.c_void_p] * 3
         params = defaults(n_threads)
         params.poll = _POLL
@@ -106,12 +106,6 @@ class _ThreadPool:
         if self._handle:
             self._free(self._handle)
             self._handle = None
-
-
-def _library(name: str) -> Path:
-    """A shared library that lies in the llama_cpp package."""
-    endings = {"win32": f"{name}.dll", "darwin": f"lib{name}.dylib"}
-    return _SHARED / endings.get(sys.platform, f"lib{name}.so")
 
 
 def supports_gpu() -> bool:

@@ -399,3 +399,12 @@ def test_byte_symbols_cover_every_byte(model: LlamaModel) -> None:
     """The tiny files spell each byte as a token, in byte order."""
     assert len(set(byte_symbols())) == 256
     assert [model.piece(token, special=False) for token in range(256)] == [bytes([n]) for n in range(256)]
+
+
+def test_the_threads_are_of_the_one_ggml_in_the_process(model: LlamaModel) -> None:
+    """A second copy of the library computes nothing wrong on most files, at half the speed."""
+    context = LlamaContext(model, n_ctx=256, n_slots=1, n_batch=64, n_threads=2)
+    context.close()
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert len({line.split()[-1] for line in mapped.read_text().splitlines() if "libggml-cpu" in line}) == 1
