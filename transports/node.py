@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -33,7 +33,7 @@ from storage.grammars import GrammarStore
 from storage.node_state import NodeState
 from transports.logs import NodeLog
 from transports.metrics import Metrics
-from transports.nats.bus import Bus
+from transports.nats.bus import Bus, bounded
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
 from transports.nats.front_door import FrontDoor
@@ -51,6 +51,8 @@ GRACE_S = 3.0
 """How long running work has at the end of a node."""
 
 _SAMPLE_S = 1.0
+_CLOSE_S = 4.0
+"""How long one part has to end. Each bounds its own steps; this is for the step that nobody thought of."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ class Node:
             self.fleet.scan()
             for part in (self.bus, self.durable, self._front_door, self._heartbeats):
                 await part.start()
-                exits.push_async_callback(part.close)
-            exits.push_async_callback(self.registry.close)
+                exits.push_async_callback(_closed, type(part).__name__, part.close)
+            exits.push_async_callback(_closed, "Registry", self.registry.close)
             self._note("health.started", "heartbeats and health replies")
             self._note("monitoring.started", "backpressure reports")
             sampler = asyncio.create_task(self._sample(), name="sampler")
@@ -311,6 +313,12 @@ class Node:
         for worker in self.fleet.workers.values():
             if worker.asked or worker.name in self._chosen:
                 worker.audit.event(EventRow(level="info", code=code, msg=msg))
+
+
+async def _closed(name: str, close: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Closes a part that talks to the broker; what does not end in time must not hold up the end of the node."""
+    if not await bounded(close(), _CLOSE_S):
+        log.error(f"{name} did not end within {_CLOSE_S:g} s", extra={"code": "node.stuck"})
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
