@@ -186,8 +186,8 @@ class Node:
     ) -> None:
         self._note("shutdown", f"{self.name} stops")
         # Other nodes take what comes and what waits, while this one ends what runs.
-        await self._front_door.leave()
-        await self.durable.hand_over()
+        await _closed("the front door", self._front_door.leave)
+        await _closed("the hand-over", self.durable.hand_over)
         await self.service.drain(GRACE_S)
         self.stopping.set()
         await self._exits.aclose()
