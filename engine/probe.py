@@ -102,7 +102,8 @@ async def _decodes(model: Path, *, plain: bool) -> bool | None:
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        said, _ = await asyncio.wait_for(child.communicate(), _TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            said, _ = await child.communicate()
     except TimeoutError:
         return None
     finally:

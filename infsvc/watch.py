@@ -103,7 +103,8 @@ class Watch:
                 while True:
                     self._heard.clear()
                     try:
-                        await asyncio.wait_for(self._heard.wait(), _QUIET_S)
+                        async with asyncio.timeout(_QUIET_S):
+                            await self._heard.wait()
                     except TimeoutError:
                         return
 

@@ -187,7 +187,8 @@ class _Server(uvicorn.Server):
         # A counter of 0 refreshes the Date header each time; uvicorn's own loop wakes ten times a second to do it once.
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), _TICK_S)
+                async with asyncio.timeout(_TICK_S):
+                    await self._stop.wait()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from nats.aio.client import Client
@@ -37,6 +37,7 @@ from transports.nats.broker import EmbeddedBroker, Listener, probe
 log = logging.getLogger("infsvc.nats")
 
 Status = Literal["starting", "connected", "down", "off"]
+T = TypeVar("T")
 OnConnected = Callable[[Client], Awaitable[None]]
 
 _FIRST_RETRY_S = 0.5
@@ -80,6 +81,20 @@ async def bounded(work: Coroutine[Any, Any, Any], seconds: float) -> bool:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.debug("%s", error, extra={"code": "broker.error"})
     return True
+
+
+async def heeding(work: Coroutine[Any, Any, T]) -> T:
+    """Runs `work`, a call of nats-py's, in a task of its own, so that a cancel of the caller always reaches the caller.
+
+    nats-py waits with `asyncio.wait_for`, which on Python 3.11 loses a cancel that comes in one turn with the answer: a
+    loop of calls would go on, and who cancelled it would wait for its end for ever.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task})
+    finally:
+        task.cancel()
+    return task.result()
 
 
 def _servers(url: str) -> list[str]:

@@ -28,7 +28,7 @@ from infsvc import subjects
 from infsvc.errors import GivenUp, QueueUnavailable, RequestError
 from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
 from infsvc.types import ModelState
-from transports.nats.bus import Bus
+from transports.nats.bus import Bus, heeding
 from transports.nats.dead_letters import DeadLetter, DeadLetters
 from transports.nats.exchange import Exchange, Exchanges, exchange_of
 from transports.nats.intake import Intake
@@ -390,7 +390,8 @@ class Durable:
             raise JetStreamFault("there is no connection to the broker")
         try:
             body = encode({"model": model, "req_id": req_id})
-            answer = read_object((await nc.request(subjects.owner(instance), body, timeout=_ASK_S)).data)
+            message = await heeding(nc.request(subjects.owner(instance), body, timeout=_ASK_S))
+            answer = read_object(message.data)
         except NoRespondersError:
             return False
         except (TimeoutError, NatsError, RequestError):

@@ -19,7 +19,7 @@ from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 from nats.js.api import ConsumerConfig, StreamConfig
 
-from transports.nats.bus import Bus
+from transports.nats.bus import Bus, heeding
 
 FULL = 10077
 """The broker's error number for a stream that takes no more messages or bytes."""
@@ -169,7 +169,7 @@ class JetStream:
         if nc is None or not nc.is_connected:
             raise JetStreamFault("there is no connection to the broker")
         try:
-            return await nc.request(subject, data, timeout=timeout_s, headers=headers)
+            return await heeding(nc.request(subject, data, timeout=timeout_s, headers=headers))
         except NoRespondersError:
             raise JetStreamFault(
                 "JetStream is switched off on this broker, or the stream is gone", err_code=503

@@ -24,6 +24,7 @@ from infsvc.events import Alert, EventBus
 from infsvc.home import Home
 from infsvc.types import ModelState
 from transports.nats.broker import EmbeddedBroker, Listener, find_binary, probe
+from transports.nats.bus import heeding
 
 from .conftest import PATIENCE_S, Doors, asked, broker_is, client_of, happened, told
 from .fakes import FakeGeneration, FakeWorker
@@ -39,7 +40,7 @@ def body(req_id: str | None = None, **more: Any) -> bytes:
 
 
 async def left(client: Client, stream: str = STREAM) -> int:
-    return int((await client.jetstream().stream_info(stream)).state.messages)
+    return int((await heeding(client.jetstream().stream_info(stream))).state.messages)
 
 
 async def emptied(client: Client, *streams: str) -> None:
