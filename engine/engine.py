@@ -70,7 +70,7 @@ class EngineOptions:
         n_threads: of llama.cpp; 0 for one a core.
         n_gpu_layers: −1 for all that a GPU build can take.
         use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
-        flash_attention: whether it is the faster way on this CPU (likewise); on a GPU it always is.
+        flash_attention: whether it suits this CPU (likewise); on a GPU it always does.
         share_prefixes: whether a prompt may go on from what was read before.
         prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
         swa_full: whether layers with a sliding window keep every cell: more memory (`memory_fit` counts it), and any

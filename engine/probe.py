@@ -1,10 +1,11 @@
-"""Does this build of llama.cpp decode on this CPU, and is flash attention faster on it? Found out once in a child
+"""Does this build of llama.cpp decode on this CPU, and does flash attention suit it? Found out once in a child
 process, because the wrong build ends the whole process.
 
 On CPUs with AMX a stock build crashes with quantised weights (llama.cpp issue 20824); `use_extra_bufts=False` is the
-way around. Flash attention halves the decode speed of some CPUs and quickens both prefill and decode on others, so it
-is measured: a prompt and some tokens with and without, in turn. The answers are kept in the home by CPU and
-llama-cpp-python version. Run as `python -m engine.probe MODEL [--plain]`, this file is the child.
+way around. Flash attention halves the decode speed of some CPUs and quickens both prefill and decode on most, so it is
+measured: a prompt and some tokens with and without, in turn, and left off where it is clearly slower. A neighbour's
+noise is no reason to leave it off. The answers are kept in the home by CPU and llama-cpp-python version. Run as
+`python -m engine.probe MODEL [--plain]`, this file is the child.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 60.0
 _FLASH = b"flash attention"
-_N_PROMPT, _N_DECODE, _N_ROUNDS = 256, 8, 2
+_N_PROMPT, _N_DECODE, _N_ROUNDS = 512, 16, 3
+_CLEARLY = 1.25
+"""How many times as long prefill times decode takes where flash attention does not suit the CPU."""
+_METHOD = 2
+"""Changes with the way of measuring, so that older answers are found out anew."""
 # Two would wait for each other on a busy machine, and the comparison is the same.
 _N_THREADS = 1
 
@@ -41,12 +46,12 @@ def _fingerprint() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
     build = version("llama-cpp-python")
-    return hashlib.sha256(f"{platform.machine()} {flags} {build} {sys.prefix}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{platform.machine()} {flags} {build} {sys.prefix} {_METHOD}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How to run models here: may weights be repacked for this CPU, and is flash attention worth it."""
+    """How to run models here: may weights be repacked for this CPU, and does flash attention suit it."""
 
     use_extra_bufts: bool = True
     flash_attention: bool = False
@@ -92,7 +97,7 @@ def _write(cache: Path, known: dict[str, Any]) -> None:
 
 
 async def _decodes(model: Path, *, plain: bool) -> bool | None:
-    """Whether flash attention was faster in a child that decodes; None when it did not."""
+    """Whether flash attention suits a child that decodes; None when it did not."""
     command = [sys.executable, "-m", "engine.probe", str(model), *(["--plain"] if plain else [])]
     child = await asyncio.create_subprocess_exec(
         *command,
@@ -134,7 +139,7 @@ def _child(path: str, *, plain: bool) -> int:
             for kind, seconds in enumerate(_timed(context)):
                 best[flash][kind] = min(best[flash][kind], seconds)
     (prefill, decode), (flash_prefill, flash_decode) = best[False], best[True]
-    if flash_prefill * flash_decode < prefill * decode:
+    if flash_prefill * flash_decode < _CLEARLY * prefill * decode:
         sys.stdout.buffer.write(_FLASH)
     return 0
 
