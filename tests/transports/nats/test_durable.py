@@ -211,7 +211,7 @@ async def test_a_deadline_that_passes_in_the_queue(url: str, home: Home, events:
 
 
 async def test_a_long_job_is_not_given_to_another(url: str, home: Home, broker: EmbeddedBroker) -> None:
-    async with node(url, home, "one", ack_wait=0.3) as one, node(url, home, "two", ack_wait=0.3) as two:
+    async with node(url, home, "one", ack_wait=0.6) as one, node(url, home, "two", ack_wait=0.6) as two:
         one.service.script = two.service.script = texts("done", hold=True)
         async with client_of(url) as client:
             answer = asyncio.create_task(asked(client, SUBJECT, body("long")))
@@ -219,7 +219,7 @@ async def test_a_long_job_is_not_given_to_another(url: str, home: Home, broker: 
                 {asyncio.ensure_future(each.service.submitted.wait()) for each in (one, two)},
                 return_when=asyncio.FIRST_COMPLETED,
             )
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(1.5)
             assert len(one.service.requests + two.service.requests) == 1
             for each in (one, two):
                 for generation in each.service.live.values():
