@@ -320,6 +320,7 @@ class Worker:
             capabilities=present,
             endpoint=self.endpoint,
             nats_topic=self.settings.subject,
+            monitoring_topic=self.settings.monitoring_topic,
             version=__version__,
             model_info=None
             if info is None

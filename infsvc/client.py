@@ -46,19 +46,22 @@ class Ask:
     """One request as a link sends it.
 
     Attributes:
-        body: the native request; always with a `req_id`.
+        body: the native request; with a `req_id` only where the caller gave one or the durable queue needs it.
+        req_id: what the request is called, also where the body does not say.
         model: None over HTTP lets the node choose; over NATS a model or a subject is there.
         subject: a NATS subject other than the model's own.
     """
 
     body: dict[str, Any]
+    req_id: str
     model: str | None
     subject: str | None
     timeout_s: float
 
     @property
-    def req_id(self) -> str:
-        return str(self.body["req_id"])
+    def is_named(self) -> bool:
+        """Whether the caller gave the `req_id`: it is then executed once over NATS, by way of the durable queue."""
+        return "req_id" in self.body
 
 
 class Link(Protocol):
@@ -151,7 +154,8 @@ class Client:
 
         Args:
             model: None takes the one with the most room.
-            req_id: with NATS, a request with the same id and body is executed once and answered again.
+            req_id: over NATS, a request with the same id and body is executed once and answered again, by way of the
+                durable queue; without one it goes straight to a node.
             subject: a NATS subject to ask on, in place of the model's.
             params: `max_tokens`, `temperature`, `grammar`, … as in the wire's `params`.
         """
@@ -193,7 +197,7 @@ class Client:
     ) -> Stream:
         """An answer in pieces. Leaving the loop early, or the `async with` around it, stops the generation."""
         body = _body(text=text, messages=messages, req_id=req_id, params=params) | {"raw": raw, "stream": True}
-        return Stream(self, body, model, subject, timeout_s)
+        return Stream(self, body, model, subject, timeout_s, req_id or new_req_id())
 
     async def embed(
         self,
@@ -205,7 +209,7 @@ class Client:
         timeout_s: float | None = None,
     ) -> Embeddings:
         """The vectors of one or many texts."""
-        body: dict[str, Any] = {"input": texts if isinstance(texts, str) else list(texts), "req_id": new_req_id()}
+        body: dict[str, Any] = {"input": texts if isinstance(texts, str) else list(texts)}
         if dimensions is not None:
             body["dimensions"] = dimensions
         ask = await self._ask(body, model, subject, timeout_s, capability=Capability.EMBEDDINGS)
@@ -233,9 +237,6 @@ class Client:
     ) -> str:
         """The model with the most room of those that can do it; `among` narrows the choice to some names."""
         services = await self._link.services()
-        if self._kind == "http":
-            # A gateway runs its own models; those of other nodes are only listed there.
-            services = [service for service in services if service.local]
         names = None if among is None else frozenset(among)
         chosen = least_loaded(
             [service for service in services if names is None or service.model_name in names], capability=capability
@@ -259,7 +260,7 @@ class Client:
             QueueFull: the broker refuses it.
             NoAnswer: the broker did not confirm; submitting again with the same `req_id` executes it once.
         """
-        body = _body(text=text, req_id=req_id, params=params)
+        body = _body(text=text, req_id=req_id or new_req_id(), params=params)
         ask = await self._ask(body, model, None, timeout_s)
         if ask.model is None:
             raise BadRequest("model is needed: a queue is one model's", param="model")
@@ -298,34 +299,40 @@ class Client:
         subject: str | None,
         timeout_s: float | None,
         *,
+        req_id: str | None = None,
         capability: str = Capability.TEXT_GENERATION,
     ) -> Ask:
         if subject is not None and self._kind != "nats":
             raise ConfigError("a subject is NATS's: name a nats:// URL, or a model", key="subject")
         if model is None and subject is None:
             model = await self.least_loaded(capability)
-        return Ask(body=body, model=model, subject=subject, timeout_s=self._patience(timeout_s))
+        called = str(body.get("req_id") or req_id or new_req_id())
+        return Ask(body=body, req_id=called, model=model, subject=subject, timeout_s=self._patience(timeout_s))
 
 
 class Stream:
     """An answer in pieces: `async for chunk in stream`, once. Leaving early stops the generation.
 
     Attributes:
+        req_id: what the request is called.
         reply: the whole reply once the last chunk has come.
     """
 
     def __init__(
-        self, client: Client, body: dict[str, Any], model: str | None, subject: str | None, timeout_s: float | None
+        self,
+        client: Client,
+        body: dict[str, Any],
+        model: str | None,
+        subject: str | None,
+        timeout_s: float | None,
+        req_id: str,
     ) -> None:
         self._client, self._body = client, body
+        self.req_id = req_id
         self._model, self._subject, self._timeout_s = model, subject, timeout_s
         self._chunks: AsyncGenerator[CompletionChunk, None] | None = None
         self._entered = self._begun = False
         self.reply: CompletionReply | None = None
-
-    @property
-    def req_id(self) -> str:
-        return str(self._body["req_id"])
 
     def __aiter__(self) -> AsyncIterator[CompletionChunk]:
         if self._begun:
@@ -348,7 +355,7 @@ class Stream:
 
     async def _read(self) -> AsyncGenerator[CompletionChunk, None]:
         client = self._client
-        ask = await client._ask(self._body, self._model, self._subject, self._timeout_s)
+        ask = await client._ask(self._body, self._model, self._subject, self._timeout_s, req_id=self.req_id)
         async with aclosing(client._link.stream(ask)) as events:
             async for event in events:
                 if event.get("done"):
@@ -378,7 +385,9 @@ class Job:
         """Waits for the answer, also for one that came before; within the node's DEDUPE_WINDOW it is not computed
         again."""
         client = self._client
-        ask = Ask(body=self._body, model=self.model, subject=None, timeout_s=client._patience(timeout_s))
+        ask = Ask(
+            body=self._body, req_id=self.id, model=self.model, subject=None, timeout_s=client._patience(timeout_s)
+        )
         return _reply(await client._link.result(ask))
 
     async def cancel(self) -> None:
@@ -427,7 +436,9 @@ def _body(
     priority: int = 0,
     params: Mapping[str, Any],
 ) -> dict[str, Any]:
-    body: dict[str, Any] = {"req_id": req_id or new_req_id()}
+    body: dict[str, Any] = {}
+    if req_id is not None:
+        body["req_id"] = req_id
     if text is not None:
         body["input"] = text
     if messages is not None:

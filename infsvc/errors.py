@@ -37,6 +37,7 @@
         ├── Cancelled            499
         ├── EngineFailed         500
         ├── GivenUp              500   tried too often, kept as a dead letter
+        ├── NodeLost             502   the node that a request was forwarded to is gone
         ├── ModelNotLoaded       503
         ├── CannotEmbed          503
         ├── Draining             503
@@ -202,6 +203,8 @@ def rebuilt(body: Mapping[str, Any]) -> RequestError:
         error.retry_after_s = _number(body.get("retry_after_s")) or 1
     elif isinstance(error, ModelNotLoaded):
         error.model = error.state = ""
+    elif isinstance(error, NodeLost):
+        error.node = ""
     return error
 
 
@@ -397,6 +400,21 @@ class Cancelled(RequestError):
 class EngineFailed(RequestError):
     status = 500
     code = "engine_failed"
+
+
+class NodeLost(RequestError):
+    """The node that a request was forwarded to does not answer, or went in the middle of its answer."""
+
+    status = 502
+    code = "node_lost"
+
+    def __init__(self, node: str, why: str) -> None:
+        self.node = node
+        super().__init__(f"{node}, which serves the model, {why}: ask again")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
 
 
 class ModelNotLoaded(RequestError):

@@ -56,8 +56,7 @@ class HttpLink:
         raise ClientError(f"{self._url} ended the stream before its last event: ask again")
 
     async def embed(self, ask: Ask) -> dict[str, Any]:
-        body = {key: value for key, value in _with_model(ask).items() if key != "req_id"}
-        return await self._call("POST", "/v1/embeddings", ask.timeout_s, body)
+        return await self._call("POST", "/v1/embeddings", ask.timeout_s, _with_model(ask))
 
     async def services(self) -> list[ServiceDocument]:
         answer = await self._call("GET", "/api/services", CONNECT_S)
@@ -100,7 +99,8 @@ class HttpLink:
 
 
 def _with_model(ask: Ask) -> dict[str, Any]:
-    return ask.body if ask.model is None else ask.body | {"model": ask.model}
+    named = ask.body | {"req_id": ask.req_id}
+    return named if ask.model is None else named | {"model": ask.model}
 
 
 def _timeout(timeout_s: float) -> httpx2.Timeout:

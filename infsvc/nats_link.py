@@ -1,8 +1,10 @@
 """The client's way over NATS: requests on the models' subjects, durable ones through JetStream, nodes found by their
 heartbeats.
 
-Each request carries a `req_id`, so that leaving it, by a time-out, a cancel or an early end of a stream, can stop it
-wherever it runs, and a deadline, so that nobody computes what nobody waits for.
+Each request is called something, in its body where the caller named it and else in a header, so that leaving it, by a
+time-out, a cancel or an early end of a stream, can stop it wherever it runs; and has a deadline, so that nobody computes
+what nobody waits for. A `req_id` in the body is for the durable queue, so that what the caller has not named goes
+straight to a node: to the one with the most room where the roster is kept, else to the one that the broker picks.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -39,7 +41,7 @@ from infsvc.errors import (
     Unreachable,
     rebuilt,
 )
-from infsvc.roster import Roster
+from infsvc.roster import Roster, roomiest
 from infsvc.types import Capability, HealthDocument, ServiceDocument
 from infsvc.watch import Watch
 
@@ -82,6 +84,7 @@ class NatsLink:
         self._nc = Connection()
         self._roster = Roster() if roster is None else roster
         self._watch: Watch | None = None
+        self._routes: set[_Route] = set()
         self._watching = asyncio.Lock()
         self._jobs: dict[str, tuple[asyncio.Future[dict[str, Any]], list[Subscription]]] = {}
         self._repeated: set[str] = set()
@@ -159,29 +162,33 @@ class NatsLink:
             closing.exception()
 
     async def complete(self, ask: Ask) -> dict[str, Any]:
-        return await self._request(ask, await self._subject(ask))
+        return await self._request(ask)
 
     async def embed(self, ask: Ask) -> dict[str, Any]:
-        return await self._request(ask, await self._subject(ask, embedding=True))
+        return await self._request(ask, embedding=True)
 
-    async def _request(self, ask: Ask, subject: str) -> dict[str, Any]:
-        try:
-            message = await self._nc.request(subject, _bytes(ask.body), timeout=ask.timeout_s, headers=_headers(ask))
-        except NoRespondersError:
-            elsewhere = await self._elsewhere(ask, subject)
-            return await self._request(ask, elsewhere)
-        except NatsTimeout:
-            self._farewell(self._stop(ask.req_id))
-            raise await self._late(ask, subject) from None
-        except asyncio.CancelledError:
-            self._farewell(self._stop(ask.req_id))
-            raise
-        except (NatsError, OSError) as error:
-            raise self._broken(error) from None
-        return _answer(message, subject)
+    async def _request(self, ask: Ask, *, embedding: bool = False) -> dict[str, Any]:
+        async with self._route(ask, embedding=embedding) as route:
+            subject = await route.next()
+            while True:
+                try:
+                    message = await self._nc.request(
+                        subject, _bytes(ask.body), timeout=ask.timeout_s, headers=_headers(ask)
+                    )
+                except NoRespondersError:
+                    subject = await route.next()
+                    continue
+                except NatsTimeout:
+                    self._farewell(self._stop(ask.req_id))
+                    raise await self._late(ask, subject) from None
+                except asyncio.CancelledError:
+                    self._farewell(self._stop(ask.req_id))
+                    raise
+                except (NatsError, OSError) as error:
+                    raise self._broken(error) from None
+                return _answer(message, subject)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
-        subject = await self._subject(ask)
         inbox = self._nc.new_inbox()
         expected, ended = 0, False
         try:
@@ -189,37 +196,39 @@ class NatsLink:
         except (NatsError, OSError) as error:
             raise self._broken(error) from None
         try:
-            await self._publish(subject, ask, inbox)
-            while True:
-                try:
-                    message = await answers.next_msg(timeout=ask.timeout_s)
-                    if message.headers and message.headers.get("Status") == "503":
-                        raise NoRespondersError
-                except NoRespondersError:
-                    subject = await self._elsewhere(ask, subject)
-                    await self._publish(subject, ask, inbox)
-                    continue
-                except NatsTimeout:
-                    raise await self._late(ask, subject) from None
-                except (NatsError, OSError) as error:
-                    raise self._broken(error) from None
-                try:
-                    event = _answer(message, subject)
-                except RequestError:
-                    ended = True
-                    raise
-                # A reply without its marker is that of a node that does not stream.
-                ended = bool(event.get("done")) or "finish_reason" in event
-                if ended:
-                    yield event | {"done": True}
-                    return
-                if event.get("index") != expected:
-                    raise ClientError(
-                        f"chunk {expected} of {ask.req_id} is missing: messages were lost, or another node took the "
-                        "request over and began anew; ask again"
-                    )
-                expected += 1
-                yield event
+            async with self._route(ask) as route:
+                subject = await route.next()
+                await self._publish(subject, ask, inbox)
+                while True:
+                    try:
+                        message = await answers.next_msg(timeout=ask.timeout_s)
+                        if message.headers and message.headers.get("Status") == "503":
+                            raise NoRespondersError
+                    except NoRespondersError:
+                        subject = await route.next()
+                        await self._publish(subject, ask, inbox)
+                        continue
+                    except NatsTimeout:
+                        raise await self._late(ask, subject) from None
+                    except (NatsError, OSError) as error:
+                        raise self._broken(error) from None
+                    try:
+                        event = _answer(message, subject)
+                    except RequestError:
+                        ended = True
+                        raise
+                    # A reply without its marker is that of a node that does not stream.
+                    ended = bool(event.get("done")) or "finish_reason" in event
+                    if ended:
+                        yield event | {"done": True}
+                        return
+                    if event.get("index") != expected:
+                        raise ClientError(
+                            f"chunk {expected} of {ask.req_id} is missing: messages were lost, or another node took "
+                            "the request over and began anew; ask again"
+                        )
+                    expected += 1
+                    yield event
         finally:
             if not ended:
                 self._farewell(self._stop(ask.req_id))
@@ -357,6 +366,27 @@ class NatsLink:
     def _job_inbox(self, req_id: str) -> str:
         return f"_INBOX.infsvc.{_digest(f'{id(self)} {req_id}')}"
 
+    @asynccontextmanager
+    async def _route(self, ask: Ask, *, embedding: bool = False) -> AsyncIterator[_Route]:
+        """Where to ask, one place after another while nobody is there."""
+        route = _Route(self, ask, embedding=embedding)
+        self._routes.add(route)
+        try:
+            yield route
+        finally:
+            self._routes.discard(route)
+
+    def _nodes(self, model: str) -> list[ServiceDocument]:
+        """The nodes that have the model online, the one with the most room first. What this client has sent to one
+        since it last told of itself counts."""
+        seen_s = {sighting.key: sighting.last_seen_s for sighting in self._roster.sightings()}
+
+        def n_more(service: ServiceDocument) -> int:
+            key = (service.model_name, service.node, service.start_time)
+            return sum(route.target == key and route.sent_s > seen_s.get(key, 0.0) for route in self._routes)
+
+        return roomiest((each for each in self._roster.services() if each.model_name == model), n_more=n_more)
+
     async def _subject(self, ask: Ask, *, embedding: bool = False) -> str:
         if ask.subject is not None:
             return ask.subject
@@ -371,13 +401,15 @@ class NatsLink:
         embedding = found is not None and found.nats_topic.startswith("embedding.")
         return subjects.queue(model, embedding=embedding)
 
-    async def _elsewhere(self, ask: Ask, subject: str) -> str:
+    async def _elsewhere(self, ask: Ask, subject: str, *, embedding: bool) -> str:
         """Another subject where the model is found when nobody listens on the usual one; raises when it is nowhere."""
         if ask.model is None:
             raise Unreachable(f"nobody answers on {subject}: is its model loaded?")
         found = await self._find(ask.model)
         if found is not None and found.status != "offline" and found.nats_topic not in ("", subject):
-            return found.nats_topic
+            # On a generating model's subject a text to embed would be answered with more text.
+            if not embedding or Capability.TEXT_GENERATION not in found.capabilities:
+                return found.nats_topic
         raise await self._nobody(ask.model)
 
     async def _nobody(self, model: str) -> RequestError:
@@ -426,6 +458,44 @@ class NatsLink:
         return Unreachable(f"the broker at {self._shown} failed: {str(error) or type(error).__name__}")
 
 
+class _Route:
+    """The subjects that one request may be asked on, in turn: of the node with the most room, of the model on any node,
+    and of wherever else the model is found.
+
+    Attributes:
+        target: model, node and start of the node that was chosen, while it is that one that is asked.
+        sent_s: when, in seconds since the epoch.
+    """
+
+    def __init__(self, link: NatsLink, ask: Ask, *, embedding: bool) -> None:
+        self._link, self._ask, self._embedding = link, ask, embedding
+        self._tried = 0
+        self._last = ""
+        self.target: tuple[str, str, str] | None = None
+        self.sent_s = 0.0
+
+    async def next(self) -> str:
+        """The next place to ask; raises `UnknownModel`, `ModelNotLoaded` or `Unreachable` when there is none left."""
+        link, ask, self.target = self._link, self._ask, None
+        self._tried += 1
+        if self._tried == 1:
+            # What is named is any node's to answer, out of the queue.
+            chooses = ask.subject is None and ask.model is not None and not ask.is_named and link._watch is not None
+            nodes = link._nodes(_checked(ask.model)) if chooses else []
+            if len(nodes) > 1:
+                first = nodes[0]
+                self.target, self.sent_s = (first.model_name, first.node, first.start_time), time.time()
+                return subjects.direct(first.model_name, first.node, first.start_time, embedding=self._embedding)
+            self._tried += 1
+        if self._tried == 2:
+            self._last = await link._subject(ask, embedding=self._embedding)
+        elif self._tried == 3:
+            self._last = await link._elsewhere(ask, self._last, embedding=self._embedding)
+        else:
+            raise await link._nobody(ask.model or self._last)
+        return self._last
+
+
 async def _unsubscribed(subscription: Subscription) -> None:
     with suppress(NatsError, OSError):
         await subscription.unsubscribe()
@@ -439,7 +509,8 @@ def _bytes(body: dict[str, Any]) -> bytes:
 
 
 def _headers(ask: Ask) -> dict[str, str]:
-    return {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}"}
+    headers = {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}"}
+    return headers if ask.is_named else headers | {subjects.REQ_ID_HEADER: ask.req_id}
 
 
 def _answer(message: Msg, subject: str) -> dict[str, Any]:

@@ -12,8 +12,9 @@ of one node, so two nodes with one name stay two rows, and a restarted one leave
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -185,17 +186,35 @@ class Roster:
                 del self._sightings[model, node, start]
 
 
+def busy(service: ServiceDocument, n_more: int = 0) -> float:
+    """Running and waiting requests for each sequence that the model decodes at once; `n_more` are not reported yet."""
+    queue = service.queue_metrics
+    return (queue.pending_messages + queue.active_processing + n_more) / max(1, service.worker_count or 1)
+
+
 def least_loaded(services: list[ServiceDocument], *, capability: str) -> ServiceDocument | None:
-    """The model that has the most room: online, with that capability, and the fewest running and waiting requests for
-    each sequence that it decodes at once. Equal ones by the shortest response time, then by name."""
+    """The model that has the most room: online, with that capability, and the least `busy`. Equal ones by the shortest
+    response time, then by name."""
     able = [each for each in services if each.status == "online" and capability in each.capabilities]
 
     def load(service: ServiceDocument) -> tuple[float, float, str]:
-        queue = service.queue_metrics
-        busy = (queue.pending_messages + queue.active_processing) / max(1, service.worker_count or 1)
-        return (busy, service.response_time_ms or 0.0, service.model_name)
+        return (busy(service), service.response_time_ms or 0.0, service.model_name)
 
     return min(able, key=load, default=None)
+
+
+def roomiest(
+    services: Iterable[ServiceDocument], *, n_more: Callable[[ServiceDocument], int] = lambda _: 0
+) -> list[ServiceDocument]:
+    """Those that are online, the least `busy` first, equal ones in an order that is drawn anew each time: whoever asks
+    at the same moment should not all ask the same node.
+
+    Args:
+        n_more: how many requests a node has been sent since it last told of itself.
+    """
+    online = [each for each in services if each.status == "online"]
+    random.shuffle(online)
+    return sorted(online, key=lambda each: busy(each, n_more(each)))
 
 
 def iso(ts: float) -> str:

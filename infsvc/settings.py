@@ -215,6 +215,11 @@ class WorkerSettings(BaseSettings):
         return Address.parse(self.http_addr) if self.http_addr else None
 
     @property
+    def embedding_subject(self) -> str:
+        """The NATS subject that takes texts to embed: SUBJECT of an embedding model, one beside it of any other."""
+        return subjects.request(self.model_name, embedding=True)
+
+    @property
     def queue_subject(self) -> str:
         """Where JetStream publishers put this model's durable requests."""
         return subjects.queue(self.model_name, embedding=self.model_format == "embedding")

@@ -6,6 +6,8 @@ name as it is; whatever is published for wildcards goes out a second time under 
 
 from __future__ import annotations
 
+import hashlib
+
 CANCEL = "inference.cancel"
 AGGREGATE = "monitoring.aggregate"
 ALERTS = "monitoring.alerts"
@@ -13,7 +15,7 @@ HEARTBEATS = "models.*.heartbeat"
 """Every model's heartbeat, those with dots in the name by their alias."""
 
 REPORTS = "monitoring.>"
-"""Reports, totals and alerts of every node whose models keep the default MONITORING_TOPIC."""
+"""Reports, totals and alerts. A model whose MONITORING_TOPIC lies elsewhere names it in its health document."""
 
 REPLY_PREFIX = "inference.reply"
 """Where durable answers go, followed by the `req_id`."""
@@ -29,7 +31,11 @@ DEADLINE_HEADER = "Infsvc-Deadline"
 """On any request: seconds since the epoch, after which nobody waits for the answer. It is then not computed."""
 
 REQ_ID_HEADER = "Infsvc-Req-Id"
-"""On a queue's message whose body names no `req_id`: the one it was given."""
+"""On a request with a reply subject whose body names no `req_id`, and on a queue's message: what it is called, so that it
+can be cancelled. Unlike a `req_id` in the body it does not ask for the durable queue and its promises."""
+
+PART_HEADER = "Infsvc-Part"
+"""On each message of a request that one node forwards to another; see `transports.forward_parts`."""
 
 TRACE_HEADER = "X-Trace-ID"
 
@@ -37,6 +43,11 @@ TRACE_HEADER = "X-Trace-ID"
 def dotless(name: str) -> str:
     """The model's name as one NATS token."""
     return name.replace(".", "_")
+
+
+def covers(pattern: str, subject: str) -> bool:
+    """Whether a pattern that ends in `>` takes in a literal subject."""
+    return subject.startswith(pattern.removesuffix(">"))
 
 
 def queue(model: str, *, embedding: bool = False) -> str:
@@ -52,6 +63,21 @@ def msg_id(model: str, req_id: str) -> str:
 def owner(instance: str) -> str:
     """Request/reply, between nodes: whether that process is still at work on a request."""
     return f"infsvc.owner.{instance}"
+
+
+def instance(node: str, start_time: str) -> str:
+    """One start of one node as a NATS token, from what its health documents say."""
+    return hashlib.sha256(f"{node} {start_time}".encode()).hexdigest()[:24]
+
+
+def forward(node: str, start_time: str) -> str:
+    """Where a node takes the HTTP requests that other nodes' gateways forward to it."""
+    return f"infsvc.forward.{instance(node, start_time)}"
+
+
+def direct(model: str, node: str, start_time: str, *, embedding: bool = False) -> str:
+    """Where one node alone takes what `request` has for whichever node is given it."""
+    return f"infsvc.request.{instance(node, start_time)}.{'embedding' if embedding else 'inference'}.{model}"
 
 
 def dead(model: str) -> str:

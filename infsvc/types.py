@@ -236,6 +236,7 @@ class HealthDocument(Wire):
     capabilities: list[str]
     endpoint: str
     nats_topic: str
+    monitoring_topic: str = ""
     version: str
     model_info: ModelInfoDocument | None
     queue_metrics: QueueMetrics

@@ -26,6 +26,8 @@ SERVICE = "infsvc"
 
 _QUIET_S = 0.15
 _FIND_S = 1.0
+_MOST_TOPICS = 512
+"""Subjects for reports that are listened to beside the usual ones; foreign words may not cost more."""
 _LATE = 4096
 """Questions that are remembered at most; an answer to an older one counts as no measurement."""
 
@@ -65,7 +67,9 @@ class Watch:
         self._known: set[str] = set()
         self._heard = asyncio.Event()
         self._subscriptions: list[Subscription] = []
+        self._topics: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def start(self) -> None:
         """Subscribes, and asks who is there; then asks every `PROBE_S` seconds until `close()`."""
@@ -84,6 +88,7 @@ class Watch:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        self._closed = True
         subscriptions, self._subscriptions = self._subscriptions, []
         for subscription in subscriptions:
             with suppress(Exception):
@@ -136,13 +141,29 @@ class Watch:
             return
         asked_s = self._asked.get(token)
         took_ms = None if asked_s is None else round((time.perf_counter() - asked_s) * 1000, 3)
-        self._take_health(message.data, took_ms)
+        await self._hear_reports_of(self._take_health(message.data, took_ms))
 
     async def _take_heartbeat(self, message: Msg) -> None:
         sighting = self._take_health(message.data, None)
+        await self._hear_reports_of(sighting)
         if sighting is not None and sighting.response_time_ms is None and sighting.document.status == "online":
             self._known.discard(sighting.document.model_name)
             await self._probe(sighting.document.model_name)
+
+    async def _hear_reports_of(self, sighting: Sighting | None) -> None:
+        """Listens to a model whose worker file has its reports sent where nobody else's are."""
+        if sighting is None or self._closed:
+            return
+        document = sighting.document
+        topic = document.monitoring_topic
+        subject = subjects.report(topic, document.model_name)
+        usual = not topic or subjects.covers(subjects.REPORTS, subject)
+        if usual or subject in self._topics or len(self._topics) >= _MOST_TOPICS:
+            return
+        if topic.startswith(("$", "_INBOX")) or not (_is_literal(topic) and _is_literal(document.model_name)):
+            return
+        self._topics.add(subject)
+        self._subscriptions.append(await self._nc.subscribe(subject, cb=self._take_report))
 
     def _take_health(self, data: bytes, took_ms: float | None) -> Sighting | None:
         sighting = self.roster.hear_health(data, response_time_ms=took_ms)

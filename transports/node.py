@@ -31,11 +31,13 @@ from infsvc.worker_file import write_worker
 from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
 from storage.node_state import NodeState
+from transports.forwarder import Forwarder
 from transports.logs import NodeLog
 from transports.metrics import Metrics
 from transports.nats.bus import Bus, bounded
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges
+from transports.nats.forward_door import ForwardDoor
 from transports.nats.front_door import FrontDoor
 from transports.nats.heartbeat import Heartbeats
 from transports.nats.micro import MicroService
@@ -126,11 +128,23 @@ class Node:
         self.durable = Durable(self.bus, self.fleet, self.service, exchanges, self.name)
         self.queue_desk = QueueDesk(self.durable, self.fleet, self.service, exchanges)
         self._front_door = FrontDoor(
-            self.bus, self.fleet, self.service, exchanges, self.durable, self.queue_desk, self.stopping
+            self.bus,
+            self.fleet,
+            self.service,
+            exchanges,
+            self.durable,
+            self.queue_desk,
+            self.stopping,
+            node=self.name,
+            start_time=self.start_time,
         )
         self._heartbeats = Heartbeats(self.bus, self.fleet, self.events, self.name)
         self.micro = MicroService(self.bus, self.fleet, self.events, node=self.name, start_time=self.start_time)
         self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
+        self.forwarder = Forwarder(self.bus, self.registry)
+        self._forward_door = ForwardDoor(
+            self.bus, self._forwarded_app, node=self.name, start_time=self.start_time
+        )
         self.metrics = Metrics(self.fleet, self.events)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None
@@ -165,10 +179,11 @@ class Node:
             for name in self._chosen:
                 self.fleet.load(name)
             self.fleet.scan()
-            for part in (self.bus, self.durable, self._front_door, self._heartbeats):
+            for part in (self.bus, self.durable, self._front_door, self._forward_door, self._heartbeats):
                 await part.start()
                 exits.push_async_callback(_closed, type(part).__name__, part.close)
             exits.push_async_callback(_closed, "Registry", self.registry.close)
+            exits.push_async_callback(_closed, "Forwarder", self.forwarder.close)
             self._note("health.started", "heartbeats and health replies")
             self._note("monitoring.started", "backpressure reports")
             sampler = asyncio.create_task(self._sample(), name="sampler")
@@ -276,6 +291,11 @@ class Node:
         server = await self._listen(worker.name, bound)
         self._servers[worker.name] = server
         worker.endpoint = f"{self._scheme}://{Address(_reachable(bound.host), server.port)}"
+
+    def _forwarded_app(self) -> Any:
+        from transports.http.app import build_app
+
+        return build_app(self, None, forwarded=True)
 
     async def _listen(self, model: str | None, address: Address) -> HttpServer:
         # Imported here so that the first frame need not wait for it.

@@ -173,6 +173,99 @@ async def test_the_model_with_the_most_room_is_taken(on_nats: Client, pair: Pair
         await on_nats.least_loaded("image-understanding")
 
 
+async def queued(url: str, stream: str) -> int:
+    """How many messages a queue has ever taken."""
+    nc = await nats.connect(url)
+    try:
+        return int((await nc.jetstream().stream_info(stream)).state.last_seq)
+    finally:
+        await nc.close()
+
+
+async def test_what_is_not_named_goes_past_the_queue(on_nats: Client, pair: Pair) -> None:
+    assert (await on_nats.infer("hello", model="only-v1.5", **GREEDY)).tokens_out == 8
+    stream = on_nats.stream("hello", model="only-v1.5", **GREEDY)
+    assert [chunk.req_id async for chunk in stream][0] == stream.req_id
+    assert stream.reply is not None
+    assert stream.reply.req_id == stream.req_id
+    await on_nats.chat([{"role": "user", "content": "hello"}], model="only-v1.5", **GREEDY)
+    await on_nats.embed("hello", model="only-v1.5")
+    assert await queued(pair.url, "INFERENCE_ONLY_V1_5") == 0
+    await on_nats.infer("hello", model="only-v1.5", req_id="named", **GREEDY)
+    assert await queued(pair.url, "INFERENCE_ONLY_V1_5") == 1
+
+
+async def test_what_is_not_named_is_cancelled_by_its_header(on_nats: Client, pair: Pair) -> None:
+    stream = on_nats.stream("hello", model="only-v1.5", **ENDLESS)
+    async for _ in stream:
+        await on_nats.cancel(stream.req_id)
+    assert stream.reply is not None
+    assert stream.reply.finish_reason == "cancelled"
+
+
+async def test_the_node_with_the_most_room_is_taken(on_nats: Client, pair: Pair) -> None:
+    await on_nats.list_models()
+    http = await Client(pair.alpha.gateway_url).__aenter__()
+    busy = [asyncio.create_task(http.infer("x", model="tiny", req_id=f"h{n}", **ENDLESS)) for n in range(3)]
+    await runs("h2", pair.alpha)
+    reports = await on_nats._link.connection.subscribe("monitoring.inference.tiny")  # type: ignore[attr-defined]
+    while True:
+        report = json.loads((await reports.next_msg(timeout=15)).data)
+        await on_nats.list_models()
+        if (report["node"], report["active_processing"]) == ("alpha", 3):
+            break
+    # More than once, as the broker's own draw would find the right one half the time.
+    await asyncio.gather(*(on_nats.infer("hello", model="tiny", **GREEDY) for _ in range(2)))
+    await asyncio.gather(*(on_nats.infer("hello", model="tiny", **GREEDY) for _ in range(2)))
+    ends = [
+        event.source
+        for event in pair.beta.events.subscribe(replay=True).drain()
+        if isinstance(event, RequestFinished) and event.model == "tiny"
+    ]
+    assert ends == ["nats"] * 4
+    for n in range(3):
+        await http.cancel(f"h{n}")
+    await asyncio.gather(*busy)
+    await http.__aexit__(None, None, None)
+
+
+async def test_http_reaches_the_models_of_other_nodes(pair: Pair) -> None:
+    async with Client(pair.alpha.gateway_url, timeout_s=30) as client:
+        async with asyncio.timeout(10):
+            while not pair.alpha.forwarder.nodes("only-v1.5"):
+                await asyncio.sleep(0.01)
+        assert (await client.infer("hello", model="only-v1.5", **GREEDY)).tokens_out == 8
+        assert await client.least_loaded(among=["only-v1.5"]) == "only-v1.5"
+        task = asyncio.create_task(client.infer("hello", model="only-v1.5", req_id="far", **ENDLESS))
+        await runs("far", pair.beta)
+        await client.cancel("far")
+        assert (await task).finish_reason == "cancelled"
+
+
+async def test_a_generating_model_embeds_over_both(on_nats: Client, pair: Pair) -> None:
+    told = await on_nats.embed(["hello", "you"], model="tiny")
+    async with Client(pair.alpha.gateway_url) as http:
+        assert (await http.embed(["hello", "you"], model="tiny")).vectors == told.vectors
+    nc = await nats.connect(pair.url)
+    try:
+        copies = await nc.subscribe("here")
+        body = {"input": "hello", "req_id": "e1"}
+        both = json.dumps(body | {"reply_to": "here"}).encode()
+        for subject in ("embedding.queue.tiny", "embedding.request.tiny"):
+            if subject.startswith("embedding.queue"):
+                assert json.loads((await nc.request(subject, both, timeout=5)).data)["stream"] == "INFERENCE_TINY"
+            else:
+                await nc.publish(subject, both)
+            answer = json.loads((await copies.next_msg(timeout=10)).data)
+            assert (answer["req_id"], answer["object"]) == ("e1", "list")
+            assert answer["data"][0]["embedding"] == pytest.approx(told.vectors[0], abs=1e-5)
+        # The same id for a text to go on with is another request.
+        clash = await nc.request("inference.request.tiny", json.dumps(body).encode(), timeout=10)
+        assert json.loads(clash.data)["code"] == "req_id_conflict"
+    finally:
+        await nc.close()
+
+
 async def test_errors_are_the_nodes_own(client: Client) -> None:
     with pytest.raises(UnknownModel, match="nobody") as unknown:
         await client.infer("x", model="nobody", timeout_s=5)

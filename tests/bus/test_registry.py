@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import nats
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
-from infsvc.events import Event, ServiceHealth
+from infsvc.events import Event, QueueReported, ServiceHealth
+from tests.nodes import ENDLESS, add_worker, build
 from transports.node import Node
 
 from .conftest import Pair
@@ -170,3 +172,26 @@ async def test_what_is_no_document_is_counted_and_passed_over(pair: Pair) -> Non
         await nc.close()
     assert pair.alpha.registry.roster.n_ignored == before + 5
     assert "evil" not in pair.alpha.registry.roster.models()
+
+
+async def test_reports_on_a_topic_of_ones_own_are_heard(pair: Pair, tmp_path: Path, long_model: Path) -> None:
+    add_worker(tmp_path / "c", "shop", long_model, MONITORING_TOPIC="shop.floor", CTX_SIZE=1024)
+    async with build(tmp_path / "c", "shop", nats_url=pair.url, node="gamma", embedded_nats="off") as gamma:
+        await until(pair.alpha, says("gamma", "shop", "online"))
+        asking = asyncio.create_task(post(gamma.gateway_url, {"input": "x", "req_id": "long", "params": ENDLESS}))
+        heard = await until(
+            pair.alpha,
+            lambda event: (
+                isinstance(event, QueueReported)
+                and event.node == "gamma"
+                and event.report["active_processing"] == 1
+            ),
+        )
+        assert heard.model == "shop"
+        gamma.service.find("long").cancel()  # type: ignore[union-attr]
+        await asking
+
+
+async def post(url: str, body: dict[str, Any]) -> None:
+    async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=30) as http:
+        await http.post("/v1/completions", json=body)

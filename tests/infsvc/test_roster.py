@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from infsvc import roster
-from infsvc.roster import FORGOTTEN_S, SILENT_S, Roster, iso, least_loaded, uptime_ns
+from infsvc.roster import FORGOTTEN_S, SILENT_S, Roster, iso, least_loaded, roomiest, uptime_ns
 from infsvc.types import (
     BackpressureReport,
     BackpressureStatus,
@@ -173,3 +173,15 @@ def test_uptime_of_a_clock_ahead_or_a_wrong_time_is_zero() -> None:
     assert uptime_ns("2026-01-01T00:00:01Z", uptime_ns("1970-01-01T00:00:00Z", 0.0)) == 0
     assert uptime_ns("yesterday", 1e9) == 0
     assert uptime_ns("1970-01-01T00:00:00Z", 2.0) == 2_000_000_000
+
+
+def test_nodes_are_drawn_by_their_room_and_equal_ones_by_lot(book: Roster) -> None:
+    for node, n_waiting in (("beta", 0), ("gamma", 0), ("delta", 5)):
+        book.hear_health(health(node=node))
+        book.hear_report(report(node=node, n_waiting=n_waiting, n_active=0))
+    book.hear_health(health(node="gone", status="offline"))
+    orders = {tuple(each.node for each in roomiest(book.services())) for _ in range(200)}
+    assert orders == {("beta", "gamma", "delta"), ("gamma", "beta", "delta")}
+    sent = {"beta": 6, "gamma": 7}
+    busy = roomiest(book.services(), n_more=lambda service: sent.get(service.node, 0))
+    assert [each.node for each in busy] == ["delta", "beta", "gamma"]

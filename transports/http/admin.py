@@ -160,6 +160,8 @@ class Admin:
         generation = self._node.service.find(req_id)
         if generation is None and await self._node.queue_desk.cancel(req_id):
             return Json({"req_id": req_id, "cancelled": True})
+        if generation is None and await self._node.forwarder.cancel(req_id):
+            return Json({"req_id": req_id, "cancelled": True})
         if generation is None:
             raise UnknownRequest(f"no request {shown(req_id)} runs or waits here: it may have ended")
         generation.cancel()

@@ -22,7 +22,9 @@ from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
 from transports.http import dashboard
 from transports.http.admin import Admin
 from transports.http.body import query, shown
+from transports.http.choice import ModelChoice
 from transports.http.dead_letters import DeadLetterRoutes
+from transports.http.elsewhere import fleet_wide, node_header
 from transports.http.embeddings import Embeddings
 from transports.http.grammars import GrammarRoutes
 from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
@@ -40,22 +42,25 @@ OPENAI_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/embeddings")
 """Where errors have OpenAI's shape whatever the body holds."""
 
 
-def build_app(node: Node, model: str | None) -> ASGIApp:
+def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGIApp:
     """The ASGI app of one port.
 
     Args:
         node: whose models, service, events and logs are served.
         model: the model of its own port, or None for the gateway.
+        forwarded: whether this is no port, but the gateway for requests that other nodes' gateways have let in: nobody
+            is asked for a key, and nothing is forwarded again.
     """
-    openai = OpenAI(node, model)
-    completions, health, admin = Completions(node, model, openai), Health(node, model), Admin(node, model)
-    embeddings = Embeddings(node, model)
+    choice = ModelChoice(node, model, forwards=not forwarded)
+    openai = OpenAI(node, choice)
+    completions, health, admin = Completions(node, choice, openai), Health(node, model), Admin(node, model)
+    embeddings = Embeddings(node, choice)
     durable = DeadLetterRoutes(node)
     grammars = GrammarRoutes(node)
     routes = [
-        Route("/v1/completions", completions.create, methods=["POST"]),
-        Route("/v1/chat/completions", openai.chat, methods=["POST"]),
-        Route("/v1/embeddings", embeddings.create, methods=["POST"]),
+        Route("/v1/completions", fleet_wide(node, completions.create), methods=["POST"]),
+        Route("/v1/chat/completions", fleet_wide(node, openai.chat), methods=["POST"]),
+        Route("/v1/embeddings", fleet_wide(node, embeddings.create), methods=["POST"]),
         Route("/v1/models", openai.models),
         Route("/v1/models/{model}", openai.one_model),
         Route("/grammars", grammars.all, methods=["GET", "POST"]),
@@ -92,11 +97,12 @@ def build_app(node: Node, model: str | None) -> ASGIApp:
         )
 
     keys = node.settings.keys
+    guards = [Middleware(ApiKeys, keys=keys) if keys else Middleware(LoopbackGuard)] if not forwarded else []
     app = Starlette(
         routes=[*routes, Route("/", index), *(dashboard.routes() if model is None else ())],
         middleware=[
-            Middleware(Boundary, model=model),
-            Middleware(ApiKeys, keys=keys) if keys else Middleware(LoopbackGuard),
+            Middleware(Boundary, node=node.name, model=model),
+            *guards,
             Middleware(BodyLimit),
         ],
         exception_handlers={HTTPException: unrouted},
@@ -123,8 +129,9 @@ class Boundary:
     It stands as the first middleware, inside Starlette's own last resort, which answers in plain text and raises again.
     """
 
-    def __init__(self, app: ASGIApp, model: str | None) -> None:
+    def __init__(self, app: ASGIApp, node: str, model: str | None) -> None:
         self._app, self._model = app, model
+        self._signed = node_header(node)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun_s = time.perf_counter()
@@ -134,6 +141,9 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                headers = message["headers"]
+                if all(name != self._signed[0] for name, _ in headers):  # else it is another node's answer
+                    message = {**message, "headers": [*headers, self._signed]}
             await send(message)
 
         try:

@@ -14,7 +14,8 @@ from starlette.requests import Request
 from engine.embedding import EmbeddingRequest, EmbeddingResult
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, ClientGone, Unsupported
-from transports.http.body import bad_request, query, read_object, shown
+from transports.http.body import bad_request, query, read_object
+from transports.http.choice import ModelChoice
 from transports.http.native import trace_header
 from transports.http.refusals import Ready, dumps, req_id_header
 from transports.http.streams import present
@@ -27,18 +28,18 @@ class Embeddings:
     """The embeddings route.
 
     Args:
-        model: the one model of this port, or None on the gateway, where the body's `model` picks.
+        choice: finds the model that a request is for.
     """
 
-    def __init__(self, node: Node, model: str | None) -> None:
-        self._node, self._model = node, model
+    def __init__(self, node: Node, choice: ModelChoice) -> None:
+        self._node, self._choice = node, choice
 
     async def create(self, request: Request) -> Ready:
         """Answers with OpenAI's list of vectors."""
         query(request)
         wire = _validated(await read_object(request))
         asked = EmbeddingRequest.from_wire(
-            wire, model=self._chosen(wire.model), source="http", trace_id=trace_header(request)
+            wire, model=self._choice.of(wire.model), source="http", trace_id=trace_header(request)
         )
         request.state.req_id = asked.req_id
         async with present(request.receive) as client, await self._node.service.embed(asked) as embedding:
@@ -50,14 +51,6 @@ class Embeddings:
         # Thousands of numbers become text: not on the loop.
         body = await asyncio.get_running_loop().run_in_executor(self._node.fleet.pool, _encoded, result)
         return Ready(body, headers=req_id_header(asked.req_id))
-
-    def _chosen(self, named: str | None) -> str:
-        if self._model is not None and named is not None and named != self._model:
-            raise BadRequest(
-                f"this is {self._model}'s port and the body names {shown(named)}: leave model out, or use the gateway",
-                param="model",
-            )
-        return self._node.service.resolve(self._model or named).name
 
 
 def _encoded(result: EmbeddingResult) -> bytes:

@@ -18,11 +18,12 @@ from engine.generation import Generation
 from engine.service import InferenceRequest
 from infsvc.errors import BadRequest, ClientGone, RequestError, Unsupported
 from infsvc.types import CompletionChunk, CompletionRequest
-from transports.http.body import bad_request, query, read_object, shown
+from transports.http.body import bad_request, query, read_object
 from transports.http.refusals import Internal, Json, req_id_header
 from transports.http.streams import EventStream, comment, data, present
 
 if TYPE_CHECKING:
+    from transports.http.choice import ModelChoice
     from transports.http.openai import OpenAI
     from transports.node import Node
 
@@ -40,12 +41,12 @@ class Completions:
     """The native completion route.
 
     Args:
-        model: the one model of this port, or None on the gateway, where the body's `model` picks.
+        choice: finds the model that a request is for.
         openai: takes bodies with a `prompt`.
     """
 
-    def __init__(self, node: Node, model: str | None, openai: OpenAI) -> None:
-        self._node, self._model, self._openai = node, model, openai
+    def __init__(self, node: Node, choice: ModelChoice, openai: OpenAI) -> None:
+        self._node, self._choice, self._openai = node, choice, openai
 
     async def create(self, request: Request) -> Response:
         """Answers with the reply, or with a stream of it."""
@@ -61,18 +62,10 @@ class Completions:
             request.state.req_id = req_id
         wire = _validated(body)
         inference = InferenceRequest.from_wire(
-            wire, model=self._chosen(wire.model), source="http", trace_id=trace_header(request)
+            wire, model=self._choice.of(wire.model), source="http", trace_id=trace_header(request)
         )
         request.state.req_id = inference.req_id
         return await (self._stream(inference) if wire.stream else self._reply(inference, request))
-
-    def _chosen(self, named: str | None) -> str:
-        if self._model is not None and named is not None and named != self._model:
-            raise BadRequest(
-                f"this is {self._model}'s port and the body names {shown(named)}: leave model out, or use the gateway",
-                param="model",
-            )
-        return self._node.service.resolve(self._model or named).name
 
     async def _reply(self, inference: InferenceRequest, request: Request) -> Response:
         async with present(request.receive) as client, await self._node.service.submit(inference) as generation:

@@ -25,8 +25,9 @@ from engine.service import InferenceRequest
 from engine.tool_calls import call_schema
 from infsvc.errors import BadRequest, ClientGone, RequestError, UnknownModel, Unsupported
 from infsvc.openai_types import UNBOUNDED, ChatRequest, TextRequest, split
-from infsvc.types import CompletionReply, Params, new_req_id
-from transports.http.body import bad_request, query, read_object, shown
+from infsvc.types import CompletionReply, ModelState, Params, new_req_id
+from transports.http.body import bad_request, query, read_object
+from transports.http.choice import ModelChoice
 from transports.http.native import QUIET_S, trace_header
 from transports.http.refusals import Internal, Json
 from transports.http.streams import EventStream, comment, data, present
@@ -49,38 +50,60 @@ class OpenAI:
     """The routes in OpenAI's shape.
 
     Args:
-        model: the one model of this port, or None on the gateway, where the body's `model` picks.
+        choice: finds the model that a request is for.
     """
 
-    def __init__(self, node: Node, model: str | None) -> None:
-        self._node, self._model = node, model
+    def __init__(self, node: Node, choice: ModelChoice) -> None:
+        self._node, self._choice = node, choice
 
     async def models(self, request: Request) -> Json:
-        """`GET /v1/models`: what is loaded, or this port's model."""
+        """`GET /v1/models`: what is loaded here, on the gateway also what is online on other nodes; or this port's
+        model."""
         query(request)
-        workers = self._node.fleet.workers.values()
-        listed = [self._entry(each.name) for each in workers if each.asked and self._model in (None, each.name)]
-        return Json({"object": "list", "data": listed})
+        workers, only = self._node.fleet.workers.values(), self._choice.model
+        listed = {each.name: self._entry(each.name) for each in workers if each.asked and only in (None, each.name)}
+        for model in sorted({each.model_name for each in self._choice.elsewhere()}):
+            if model not in listed or listed[model]["status"] != "ready":
+                listed[model] = self._entry_elsewhere(model)
+        return Json({"object": "list", "data": list(listed.values())})
 
     async def one_model(self, request: Request) -> Json:
         """`GET /v1/models/<m>`."""
         query(request)
         name = request.path_params["model"]
-        if self._model not in (None, name):
-            raise UnknownModel(name, [self._model or ""])
+        if self._choice.model not in (None, name):
+            raise UnknownModel(name, [self._choice.model or ""])
+        worker = self._node.fleet.workers.get(name)
+        if (worker is None or worker.state is not ModelState.READY) and any(self._choice.elsewhere(name)):
+            return Json(self._entry_elsewhere(name))
         return Json(self._entry(self._node.fleet.get(name).name))
 
     def _entry(self, name: str) -> dict[str, Any]:
         worker = self._node.fleet.get(name)
-        created = int(datetime.fromisoformat(self._node.start_time).timestamp())
+        own = [self._node.name] if worker.state is ModelState.READY else []
         return {
             "id": name,
             "object": "model",
-            "created": created,
+            "created": int(datetime.fromisoformat(self._node.start_time).timestamp()),
             "owned_by": "infsvc",
             "status": worker.state.value,
             "context_length": worker.n_ctx,
             "capabilities": [claim.capability.value for claim in worker.claims if claim.present],
+            "nodes": own + [each.node for each in self._choice.elsewhere(name)],
+        }
+
+    def _entry_elsewhere(self, name: str) -> dict[str, Any]:
+        found = self._choice.elsewhere(name)
+        first = found[0]
+        return {
+            "id": name,
+            "object": "model",
+            "created": _seconds(first.start_time),
+            "owned_by": "infsvc",
+            "status": ModelState.READY.value,
+            "context_length": first.model_info.context_size if first.model_info else 0,
+            "capabilities": first.capabilities,
+            "nodes": [each.node for each in found],
         }
 
     async def chat(self, request: Request) -> Response:
@@ -100,7 +123,7 @@ class OpenAI:
             raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         offered = [] if asked.tool_choice == "none" else asked.tools
         base = InferenceRequest(
-            model=self._chosen(asked.model),
+            model=self._choice.of(asked.model),
             params=_params(sampling),
             messages=asked.messages,
             think=asked.think,
@@ -121,7 +144,7 @@ class OpenAI:
         if asked.best_of not in (None, asked.n):
             raise Unsupported("best_of", "ask for n")
         base = InferenceRequest(
-            model=self._chosen(asked.model),
+            model=self._choice.of(asked.model),
             params=_params(sampling),
             plain=True,
             n_logprobs=asked.logprobs,
@@ -135,14 +158,6 @@ class OpenAI:
             all_choices += _choices(one, asked.n, begin=len(all_choices))
         shape = _Text(base.req_id, base.model, logprobs=asked.logprobs is not None)
         return await self._answer(request, all_choices, shape, asked.stream, asked.include_usage)
-
-    def _chosen(self, named: str | None) -> str:
-        if self._model is not None and named is not None and named != self._model:
-            raise BadRequest(
-                f"this is {self._model}'s port and the body names {shown(named)}: leave model out, or use the gateway",
-                param="model",
-            )
-        return self._node.service.resolve(self._model or named).name
 
     async def _answer(
         self, request: Request, asked: Sequence[InferenceRequest], shape: _Shape, stream: bool, include_usage: bool
@@ -179,6 +194,14 @@ class OpenAI:
             _cancel(generations)
             raise
         return generations
+
+
+def _seconds(timestamp: str) -> int:
+    """Another node's time, in seconds since the epoch; 0 when it is none."""
+    try:
+        return int(datetime.fromisoformat(timestamp).timestamp())
+    except (ValueError, OverflowError):
+        return 0
 
 
 def _validated(shape: type[Shape], own: dict[str, Any]) -> Shape:

@@ -187,14 +187,16 @@ class Bus:
             self._set("connected", embedded=self.state.embedded, reason=reason)
         self._remark = reason
 
-    async def publish(self, subject: str, payload: bytes, *, reply: str = "") -> bool:
+    async def publish(
+        self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> bool:
         """Sends a message; whether the connection took it. Never raises, never waits longer than two seconds."""
         nc = self.nc
         if nc is None or not nc.is_connected:
             return False
         try:
             async with asyncio.timeout(_SEND_S):
-                await nc.publish(subject, payload, reply=reply)
+                await nc.publish(subject, payload, reply=reply, headers=headers)
         except (NatsError, OSError, TimeoutError) as error:
             log.debug(
                 "nothing was sent to %s: %s", subject, error or type(error).__name__, extra={"code": "broker.error"}

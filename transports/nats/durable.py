@@ -34,7 +34,7 @@ from transports.nats.exchange import Exchange, Exchanges, exchange_of
 from transports.nats.intake import Intake
 from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept
 from transports.nats.messages import encode, named, read_object
-from transports.nats.once import OnceBook, Overtaken, body_hash
+from transports.nats.once import OnceBook, Overtaken
 from transports.nats.puller import ConsumerGone
 from transports.nats.spool import Spool, name_of
 from transports.nats.streams import (
@@ -417,7 +417,7 @@ class Durable:
             reason=reason,
             stream=settings.stream_name,
             seq=taken.seq,
-            subject=settings.queue_subject,
+            subject=taken.exchange.queue_subject,
             n_delivered=taken.n_delivered,
             body=taken.exchange.data,
             headers=dict(taken.exchange.headers),
@@ -438,12 +438,12 @@ class Durable:
         if req_id is not None:
             book = OnceBook(self.js, once_bucket(worker.settings))
             record = await book.read(req_id)
-            if record is not None and record.state == "done" and record.body == body_hash(exchange.body):
+            if record is not None and record.state == "done" and record.body == exchange.fingerprint:
                 return False
             await book.write(
                 req_id,
                 "done",
-                body=body_hash(exchange.body),
+                body=exchange.fingerprint,
                 owner=self.instance,
                 seq=kept.seq,
                 answer=error.native(req_id),

@@ -29,12 +29,14 @@ from transports.nats.bus import Bus, bounded
 from transports.nats.embedding import embed, validate_embedding
 from transports.nats.jetstream import Kept
 from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
+from transports.nats.once import body_hash
 
 log = logging.getLogger("infsvc.nats")
 
 NO_RESPONDERS = "503"
 """What the broker says to a message with a reply subject that nobody is there to receive."""
 
+_REQ_ID_CHARACTERS = 200
 _RESEND_S = 0.2
 _N_SENDS = 3
 """How often an answer is offered to a broker that is there and does not take it."""
@@ -46,6 +48,7 @@ class Exchange:
 
     Attributes:
         reply: where a caller waits, or None; a stream's chunks go there.
+        embeds: whether it came on the model's subject for embeddings.
         targets: every subject that gets the final answer.
         body: the JSON object, once it was read.
         request: the request of the model's kind, once it was found valid.
@@ -56,6 +59,7 @@ class Exchange:
     data: bytes
     headers: Mapping[str, str]
     reply: str | None
+    embeds: bool = False
     req_id: str | None = None
     targets: list[str] = field(default_factory=list)
     body: dict[str, Any] = field(default_factory=dict)
@@ -67,17 +71,39 @@ class Exchange:
         if self.reply:
             self.targets.append(self.reply)
 
+    @property
+    def called(self) -> str | None:
+        """What the request is called: its `req_id`, or what a header calls one that has none."""
+        return self.req_id or self.headers.get(subjects.REQ_ID_HEADER) or None
+
+    @property
+    def queue_subject(self) -> str:
+        """Where it waits when it waits in the broker."""
+        worker = self.worker
+        return subjects.queue(worker.name, embedding=True) if self.embeds else worker.settings.queue_subject
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for every repeat of the request, and for no other one."""
+        alien = self.embeds and self.worker.settings.model_format != "embedding"
+        return body_hash(self.body | {"": "embedding"} if alien else self.body)
+
     def read(self) -> None:
         """Reads the body, finds where answers go, and validates; in this order, as a refusal must find its way too.
 
         Raises:
             BadRequest, TooLarge: with what was found until then.
         """
+        if len(self.headers.get(subjects.REQ_ID_HEADER, "")) > _REQ_ID_CHARACTERS:
+            raise BadRequest(
+                f"the header {subjects.REQ_ID_HEADER} has more than {_REQ_ID_CHARACTERS} characters",
+                param=subjects.REQ_ID_HEADER,
+            )
         self.body = read_object(self.data)
         self.req_id = named(self.body, "req_id")
         self._address()
         if self.targets:
-            check = validate_embedding if self.worker.embeds_only else validate
+            check = validate_embedding if self.embeds or self.worker.embeds_only else validate
             self.request = check(self.body, model=self.worker.name, has_reply=bool(self.reply))
 
     def _address(self) -> None:
@@ -114,7 +140,7 @@ class Exchange:
     def inference(self, *, queued: bool) -> InferenceRequest | EmbeddingRequest:
         """The request as the service takes it; also gives a nameless one its id."""
         assert self.request is not None
-        wire = self.request if self.req_id is None else self.request.model_copy(update={"req_id": self.req_id})
+        wire = self.request if self.called is None else self.request.model_copy(update={"req_id": self.called})
         trace_id = self.headers.get(subjects.TRACE_HEADER)
         made: InferenceRequest | EmbeddingRequest
         if isinstance(wire, EmbeddingBody):
@@ -131,7 +157,8 @@ class Exchange:
 
 def exchange_of(worker: Worker, kept: Kept) -> Exchange:
     """A message that lies in a model's queue, with what can be read of it."""
-    exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None)
+    embeds = kept.subject == subjects.queue(worker.name, embedding=True)
+    exchange = Exchange(worker, kept.data, kept.headers, kept.headers.get(subjects.REPLY_HEADER) or None, embeds)
     with suppress(RequestError):
         exchange.read()
     exchange.req_id = exchange.req_id or kept.headers.get(subjects.REQ_ID_HEADER)

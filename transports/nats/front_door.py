@@ -1,4 +1,7 @@
-"""Requests in, over core NATS: each served model's subject, and `inference.cancel`.
+"""Requests in, over core NATS: each served model's subjects, and `inference.cancel`.
+
+A model takes requests on SUBJECT and texts to embed on `embedding.request.<m>`, both as one of a queue group, so that
+one node gets each; and on subjects of this node alone, for callers that have chosen a node.
 
 A message with a reply subject is answered there: the reply *is* the answer. One without is answered on its `reply_to`,
 else on `<RESPONSE_PREFIX>.<req_id>`. The door decides how a request goes on:
@@ -25,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from nats.aio.client import Client
@@ -41,7 +45,7 @@ from transports.nats.durable import Durable
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.messages import encode, named, read_object
 from transports.nats.queue_desk import QueueDesk
-from transports.nats.subscriptions import ModelSubscriptions
+from transports.nats.subscriptions import Handler, ModelSubscriptions
 
 log = logging.getLogger("infsvc.nats")
 
@@ -56,6 +60,7 @@ class FrontDoor:
 
     Args:
         stopping: set when the node shuts down; new work is refused from then on.
+        node, start_time: this node's own, which name the subjects that only it takes.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class FrontDoor:
         durable: Durable,
         desk: QueueDesk,
         stopping: asyncio.Event,
+        *,
+        node: str = "",
+        start_time: str = "",
     ) -> None:
         self._bus, self._service, self._stopping = bus, service, stopping
         self._exchanges, self._durable, self._desk = exchanges, durable, desk
@@ -75,15 +83,29 @@ class FrontDoor:
         self._n_tasks: Counter[str] = Counter()
         self._cancels: Any = None
         self.n_dropped = 0
-        self.subscriptions = ModelSubscriptions(
-            bus,
-            fleet,
-            name="front-door",
-            subject=lambda worker: worker.settings.subject,
-            queue=lambda worker: worker.settings.queue_group,
-            handler=self._receive,
+        shared: dict[str, Any] = {
+            "queue": lambda worker: worker.settings.queue_group,
             # A message that comes before its spool is there would be in this process's memory alone.
-            before=durable.settle,
+            "before": durable.settle,
+        }
+
+        def own(worker: Worker, *, embedding: bool) -> str:
+            return subjects.direct(worker.name, node, start_time, embedding=embedding)
+
+        def subscribed(name: str, subject: Callable[[Worker], str], handler: Handler, **more: Any) -> ModelSubscriptions:
+            return ModelSubscriptions(bus, fleet, name=name, subject=subject, handler=handler, **more)
+
+        self._subscriptions = (
+            subscribed("front-door", lambda worker: worker.settings.subject, self._receive, **shared),
+            subscribed(
+                "front-door-embedding",
+                lambda worker: worker.settings.embedding_subject,
+                self._receive_texts,
+                only=lambda worker: worker.settings.subject != worker.settings.embedding_subject,
+                **shared,
+            ),
+            subscribed("own-door", lambda worker: own(worker, embedding=False), self._receive),
+            subscribed("own-door-embedding", lambda worker: own(worker, embedding=True), self._receive_texts),
         )
         bus.on_connected(self._subscribe_cancel)
 
@@ -93,12 +115,13 @@ class FrontDoor:
         return self._n_tasks.total()
 
     async def start(self) -> None:
-        await self.subscriptions.start()
+        for subscriptions in self._subscriptions:
+            await subscriptions.start()
 
     async def leave(self) -> None:
         """Takes no more messages, so that the broker gives them to other nodes; what is under way goes on."""
         self._leaving = True
-        await self.subscriptions.close()
+        await asyncio.gather(*(subscriptions.close() for subscriptions in self._subscriptions))
 
     async def close(self) -> None:
         """Takes no more messages, and gives those under way two seconds to send their last answer."""
@@ -111,8 +134,11 @@ class FrontDoor:
             await bounded(self._cancels.unsubscribe(), 0.5)
         await self._bus.flush()
 
-    async def _receive(self, worker: Worker, message: Msg) -> None:
-        exchange = Exchange(worker, message.data, message.headers or {}, message.reply or None)
+    async def _receive_texts(self, worker: Worker, message: Msg) -> None:
+        await self._receive(worker, message, embeds=True)
+
+    async def _receive(self, worker: Worker, message: Msg, *, embeds: bool = False) -> None:
+        exchange = Exchange(worker, message.data, message.headers or {}, message.reply or None, embeds)
         capacity = worker.settings.queue_max_msgs
         if self._n_tasks[worker.name] >= capacity + worker.n_slots + _SPARE_TASKS:
             if exchange.reply:
@@ -137,7 +163,7 @@ class FrontDoor:
         try:
             final = await self._run(exchange)
         except RequestError as error:
-            final, refused = error.native(exchange.req_id), True
+            final, refused = error.native(exchange.called), True
         except Exception as error:
             log.exception("a request broke", extra={"code": "nats.request_broke", "model": exchange.worker.name})
             final = EngineFailed(f"the node failed: {type(error).__name__}").native(exchange.req_id)

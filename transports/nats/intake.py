@@ -17,7 +17,7 @@ from infsvc.types import new_req_id
 from transports.nats.bus import Bus
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.jetstream import FULL, TOO_LARGE, JetStream, JetStreamFault, Stored
-from transports.nats.once import OnceBook, answer_of, body_hash
+from transports.nats.once import OnceBook, answer_of
 
 HEADERS_BYTES = 4096
 """Room for a queued message's headers, which the broker counts too."""
@@ -72,10 +72,10 @@ class Intake:
         if exchange.reply:
             headers[subjects.REPLY_HEADER] = exchange.reply
         if exchange.req_id is None:
-            exchange.req_id = new_req_id()
+            exchange.req_id = exchange.called or new_req_id()
             headers[subjects.REQ_ID_HEADER] = exchange.req_id
         msg_id = subjects.msg_id(worker.name, exchange.req_id)
-        stored = await self._store(exchange.data, headers | {subjects.MSG_ID_HEADER: msg_id})
+        stored = await self._store(exchange, headers | {subjects.MSG_ID_HEADER: msg_id})
         if stored.duplicate:
             with suppress(JetStreamFault):
                 await self.book.mark(exchange.req_id)
@@ -90,7 +90,7 @@ class Intake:
             JetStreamFault: the broker cannot be asked now.
         """
         try:
-            stored = await self._store(exchange.data, headers)
+            stored = await self._store(exchange, headers)
         except QueueUnavailable as error:
             raise JetStreamFault(str(error)) from None
         self._on_put()
@@ -101,25 +101,24 @@ class Intake:
         assert exchange.req_id is not None
         with suppress(JetStreamFault):
             record = await self.book.read(exchange.req_id)
-            if record is not None and record.state in ("running", "done") and record.body != body_hash(exchange.body):
+            if record is not None and record.state in ("running", "done") and record.body != exchange.fingerprint:
                 raise self._conflict(exchange)
             if record is not None and record.state == "done":
                 await self._exchanges.repeat(exchange, answer_of(record, exchange.req_id))
                 return
-        await self._store(exchange.data, headers)
+        await self._store(exchange, headers)
 
     def _conflict(self, exchange: Exchange) -> Conflict:
         error = Conflict(exchange.req_id or "")
         self._service.refused(exchange.inference(queued=True), error)
         return error
 
-    async def _store(self, data: bytes, headers: dict[str, str]) -> Stored:
+    async def _store(self, exchange: Exchange, headers: dict[str, str]) -> Stored:
         """Publishes into the queue. Without an answer it is tried again: the id makes that harmless."""
-        subject = self.worker.settings.queue_subject
         for n_left in reversed(range(_N_TRIES)):
             again = n_left < _N_TRIES - 1
             try:
-                stored = await self._js.publish(subject, data, headers)
+                stored = await self._js.publish(exchange.queue_subject, exchange.data, headers)
             except JetStreamFault as fault:
                 if fault.err_code == FULL:
                     raise self._full(self.worker.settings.queue_max_msgs) from None

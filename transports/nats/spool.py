@@ -99,7 +99,8 @@ class Spool:
 
     async def _see_to(self, message: Msg) -> None:
         came_s = message.metadata.timestamp.timestamp()
-        exchange = Exchange(self._worker, message.data, message.headers or {}, None)
+        embeds = message.subject == self._worker.settings.embedding_subject
+        exchange = Exchange(self._worker, message.data, message.headers or {}, None, embeds)
         problem: RequestError | None = None
         try:
             exchange.read()

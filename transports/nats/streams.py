@@ -2,8 +2,8 @@
 
 | stream | holds | over |
 |---|---|---|
-| `STREAM_NAME` | the queue: work-queue retention; when it is full the broker refuses | `inference.queue.<m>` |
-| `<STREAM_NAME>_SPOOL` | what is published there, also while every node is down; it acknowledges nothing | SUBJECT |
+| `STREAM_NAME` | the queue: work-queue retention; a full one refuses | `inference.queue.<m>`, `embedding.queue.<m>` |
+| `<STREAM_NAME>_SPOOL` | what is published there, also while every node is down | SUBJECT, `embedding.request.<m>` |
 | `KV_<STREAM_NAME>_ONCE` | a key-value bucket: what became of each `req_id` within DEDUPE_WINDOW | `$KV.…` |
 | `INFSVC_ADVISORIES` | the broker's own notes on messages that ended badly, until a node has read them | `$JS.EVENT…` |
 | `INFSVC_DEAD` | dead letters of all models | `infsvc.dead.*` |
@@ -15,6 +15,7 @@ from typing import Any
 
 from nats.js.api import AckPolicy, ConsumerConfig, DiscardPolicy, RetentionPolicy, StreamConfig
 
+from infsvc import subjects
 from infsvc.settings import WorkerSettings
 from infsvc.types import MAX_BODY_BYTES
 from transports.nats.jetstream import JetStream
@@ -46,6 +47,10 @@ def once_bucket(settings: WorkerSettings) -> str:
     return f"{settings.stream_name}_ONCE"
 
 
+def _each(*names: str) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
 def _window_s(settings: WorkerSettings) -> float:
     # The broker wants a window no longer than the stream's age, and no shorter than 100 ms.
     return max(0.1, min(settings.dedupe_window, settings.queue_max_age))
@@ -65,7 +70,7 @@ def queue_stream(settings: WorkerSettings) -> StreamConfig:
     return StreamConfig(
         name=settings.stream_name,
         description=f"{_QUEUE_WORDS}{settings.model_name}",
-        subjects=[settings.queue_subject],
+        subjects=_each(settings.queue_subject, subjects.queue(settings.model_name, embedding=True)),
         retention=RetentionPolicy.WORK_QUEUE,
         discard=DiscardPolicy.NEW,
         max_msgs=settings.queue_max_msgs,
@@ -92,7 +97,7 @@ def spool_stream(settings: WorkerSettings) -> StreamConfig:
     return StreamConfig(
         name=spool_name(settings),
         description=f"infsvc: what was published on {settings.subject} until a node has looked at it",
-        subjects=[settings.subject],
+        subjects=_each(settings.subject, settings.embedding_subject),
         retention=RetentionPolicy.WORK_QUEUE,
         discard=DiscardPolicy.OLD,
         # Not max_bytes: the broker would set that much of its disk aside for each model.
@@ -162,11 +167,13 @@ def advisory_consumer() -> ConsumerConfig:
 
 
 async def foreign_streams(js: JetStream, settings: WorkerSettings) -> list[str]:
-    """Streams that are not this project's and cover the model's public subject: their receipt reaches a caller before
+    """Streams that are not this project's and cover a public subject of the model: their receipt reaches a caller before
     the answer does."""
-    names = (await js.call("STREAM.NAMES", {"subject": settings.subject})).get("streams") or []
+    names: list[str] = []
+    for subject in _each(settings.subject, settings.embedding_subject):
+        names += (await js.call("STREAM.NAMES", {"subject": subject})).get("streams") or []
     foreign = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name == spool_name(settings):
             continue
         config = (await js.call(f"STREAM.INFO.{name}"))["config"]

@@ -41,6 +41,7 @@ class ModelSubscriptions:
     Args:
         name: names the task.
         queue: the queue group of a worker's subscription; "" for none.
+        only: which served models have this subject.
         handler: called with each message, one after another; it hands off and returns.
         before: awaited with the models that are about to be subscribed; it does not take long.
     """
@@ -54,10 +55,12 @@ class ModelSubscriptions:
         subject: Callable[[Worker], str],
         handler: Handler,
         queue: Callable[[Worker], str] = lambda _: "",
+        only: Callable[[Worker], bool] = lambda _: True,
         before: Callable[[list[Worker]], Awaitable[None]] | None = None,
     ) -> None:
         self._bus, self._fleet, self._name = bus, fleet, name
         self._subject, self._queue, self._handler, self._before = subject, queue, handler, before
+        self._only = only
         self._nc: Client | None = None
         self._subscriptions: dict[str, Subscription] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -103,15 +106,18 @@ class ModelSubscriptions:
             if self._closed or nc is None or nc is not self._bus.nc:
                 return
             workers = self._fleet.workers.values()
-            joining = [worker for worker in workers if is_served(worker) and worker.name not in self._subscriptions]
+            joining = [worker for worker in workers if self._is_due(worker) and worker.name not in self._subscriptions]
             if joining and self._before is not None:
                 await self._before(joining)
             for worker in self._fleet.workers.values():
                 subscribed = worker.name in self._subscriptions
-                if is_served(worker) and not subscribed:
+                if self._is_due(worker) and not subscribed:
                     await self._join(nc, worker)
-                elif subscribed and not is_served(worker):
+                elif subscribed and not self._is_due(worker):
                     await _leave(self._subscriptions.pop(worker.name))
+
+    def _is_due(self, worker: Worker) -> bool:
+        return is_served(worker) and self._only(worker)
 
     async def _join(self, nc: Client, worker: Worker) -> None:
         async def receive(message: Msg) -> None:

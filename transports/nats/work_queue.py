@@ -40,7 +40,7 @@ from infsvc.types import ModelState
 from transports.nats.bus import Bus
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.jetstream import JetStream, JetStreamFault
-from transports.nats.once import OnceBook, Overtaken, Record, answer_of, body_hash
+from transports.nats.once import OnceBook, Overtaken, Record, answer_of
 from transports.nats.puller import Puller
 
 log = logging.getLogger("infsvc.nats")
@@ -197,7 +197,8 @@ class WorkQueue:
             taken.ack, taken.n_delivered = message.reply, metadata.num_delivered
             return
         headers = message.headers or {}
-        exchange = Exchange(self.worker, message.data, headers, headers.get(subjects.REPLY_HEADER) or None)
+        embeds = message.subject == subjects.queue(self.worker.name, embedding=True)
+        exchange = Exchange(self.worker, message.data, headers, headers.get(subjects.REPLY_HEADER) or None, embeds)
         taken = Taken(exchange, seq, message.reply, metadata.num_delivered)
         self._taken[seq] = taken
         taken.task = asyncio.create_task(self._serve(taken), name=f"queue-{self.worker.name}-{seq}")
@@ -281,7 +282,7 @@ class WorkQueue:
             Conflict: the id belongs to another body.
         """
         exchange, worker = taken.exchange, self.worker
-        req_id, body = exchange.req_id or "", body_hash(exchange.body)
+        req_id, body = exchange.req_id or "", exchange.fingerprint
         while (other := self._claims.get(req_id)) is not None:
             taken.waits = True
             self._puller.wake()
@@ -334,7 +335,7 @@ class WorkQueue:
         return await self.book.write(
             exchange.req_id or "",
             state,  # type: ignore[arg-type]
-            body=body_hash(exchange.body),
+            body=exchange.fingerprint,
             owner=self._instance,
             seq=taken.seq,
             answer=answer,
@@ -415,7 +416,7 @@ class WorkQueue:
         if taken.n_delivered >= self.worker.settings.max_deliver:
             headers = {k: v for k, v in taken.exchange.headers.items() if k != subjects.MSG_ID_HEADER}
             try:
-                await self._js.publish(self.worker.settings.queue_subject, taken.exchange.data, headers)
+                await self._js.publish(taken.exchange.queue_subject, taken.exchange.data, headers)
             except JetStreamFault as fault:
                 log.error(
                     "a request cannot be put back: %s", fault, extra={"code": "queue.back", "model": self.worker.name}
