@@ -2,8 +2,8 @@
 heartbeats.
 
 Each request is called something, in its body where the caller named it and else in a header, so that leaving it, by a
-time-out, a cancel or an early end of a stream, can stop it wherever it runs; and has a deadline, so that nobody computes
-what nobody waits for. A `req_id` in the body is for the durable queue, so that what the caller has not named goes
+time-out, a cancel or an early end of a stream, can stop it wherever it runs; and has a deadline, so that nothing is
+computed for nobody. A `req_id` in the body is for the durable queue, so that what the caller has not named goes
 straight to a node: to the one with the most room where the roster is kept, else to the one that the broker picks.
 """
 
@@ -406,10 +406,10 @@ class NatsLink:
         if ask.model is None:
             raise Unreachable(f"nobody answers on {subject}: is its model loaded?")
         found = await self._find(ask.model)
-        if found is not None and found.status != "offline" and found.nats_topic not in ("", subject):
-            # On a generating model's subject a text to embed would be answered with more text.
-            if not embedding or Capability.TEXT_GENERATION not in found.capabilities:
-                return found.nats_topic
+        # On a generating model's subject a text to embed would be answered with more text.
+        fits = found is not None and not (embedding and Capability.TEXT_GENERATION in found.capabilities)
+        if fits and found is not None and found.status != "offline" and found.nats_topic not in ("", subject):
+            return found.nats_topic
         raise await self._nobody(ask.model)
 
     async def _nobody(self, model: str) -> RequestError:

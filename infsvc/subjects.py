@@ -31,8 +31,8 @@ DEADLINE_HEADER = "Infsvc-Deadline"
 """On any request: seconds since the epoch, after which nobody waits for the answer. It is then not computed."""
 
 REQ_ID_HEADER = "Infsvc-Req-Id"
-"""On a request with a reply subject whose body names no `req_id`, and on a queue's message: what it is called, so that it
-can be cancelled. Unlike a `req_id` in the body it does not ask for the durable queue and its promises."""
+"""On a request with a reply subject whose body names no `req_id`, and on a queue's message: what it is called, so that
+it can be cancelled. Unlike a `req_id` in the body it does not ask for the durable queue and its promises."""
 
 PART_HEADER = "Infsvc-Part"
 """On each message of a request that one node forwards to another; see `transports.forward_parts`."""

@@ -8,7 +8,6 @@ audits it; `transports.nats.forward_door` is that side. Loop thread only.
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -32,7 +31,7 @@ from transports.nats.messages import encode, read_object
 from transports.nats.registry import Registry
 
 _TICK_S = 0.5
-_CANCEL_S = 1.0
+_CANCEL_S = 0.4
 _LEAVE_S = 0.5
 _BUSY = frozenset({429, 503})
 """Statuses by which a node says that it has not begun: the next one may."""
@@ -102,7 +101,7 @@ class Forwarded:
             NoRespondersError: nobody is there; nothing has been begun.
             NodeLost: the node went before it answered.
         """
-        message, part = await self._next()
+        _, part = await self._next()
         if part.kind != "head":
             raise self._lost("sent an answer without its head")
         self.status = part.status

@@ -142,9 +142,7 @@ class Node:
         self.micro = MicroService(self.bus, self.fleet, self.events, node=self.name, start_time=self.start_time)
         self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
         self.forwarder = Forwarder(self.bus, self.registry)
-        self._forward_door = ForwardDoor(
-            self.bus, self._forwarded_app, node=self.name, start_time=self.start_time
-        )
+        self._forward_door = ForwardDoor(self.bus, self._forwarded_app, node=self.name, start_time=self.start_time)
         self.metrics = Metrics(self.fleet, self.events)
         self._servers: dict[str, HttpServer] = {}
         self._gateway: HttpServer | None = None

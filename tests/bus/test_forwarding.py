@@ -94,7 +94,8 @@ async def test_the_answer_is_the_owners(
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [("/v1/completions", NATIVE), ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}})]
+    ("path", "body"),
+    [("/v1/completions", NATIVE), ("/v1/chat/completions", CHAT | {"stream_options": {"include_usage": True}})],
 )
 async def test_a_stream_comes_in_order(
     gateway: httpx2.AsyncClient, owner: httpx2.AsyncClient, path: str, body: dict[str, Any]
@@ -113,9 +114,7 @@ async def test_a_stream_comes_in_order(
 
 
 async def test_it_is_audited_once_by_the_owner(gateway: httpx2.AsyncClient, pair: Pair) -> None:
-    answer = await gateway.post(
-        "/v1/completions", json=NATIVE | {"req_id": "far"}, headers={"X-Trace-ID": "trace-7"}
-    )
+    answer = await gateway.post("/v1/completions", json=NATIVE | {"req_id": "far"}, headers={"X-Trace-ID": "trace-7"})
     assert answer.headers["x-req-id"] == answer.json()["req_id"] == "far"
     await pair.beta.fleet.get(MODEL).audit.flush()
     (row,) = await pair.beta.logs.rows(MODEL, limit=10)

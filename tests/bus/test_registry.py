@@ -175,16 +175,14 @@ async def test_what_is_no_document_is_counted_and_passed_over(pair: Pair) -> Non
 
 
 async def test_reports_on_a_topic_of_ones_own_are_heard(pair: Pair, tmp_path: Path, long_model: Path) -> None:
-    add_worker(tmp_path / "c", "shop", long_model, MONITORING_TOPIC="shop.floor", CTX_SIZE=1024)
+    add_worker(tmp_path / "c", "shop", long_model, MONITORING_TOPIC="shop.floor", CTX_SIZE=16384)
     async with build(tmp_path / "c", "shop", nats_url=pair.url, node="gamma", embedded_nats="off") as gamma:
         await until(pair.alpha, says("gamma", "shop", "online"))
         asking = asyncio.create_task(post(gamma.gateway_url, {"input": "x", "req_id": "long", "params": ENDLESS}))
         heard = await until(
             pair.alpha,
             lambda event: (
-                isinstance(event, QueueReported)
-                and event.node == "gamma"
-                and event.report["active_processing"] == 1
+                isinstance(event, QueueReported) and event.node == "gamma" and event.report["active_processing"] == 1
             ),
         )
         assert heard.model == "shop"

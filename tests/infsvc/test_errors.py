@@ -29,6 +29,7 @@ EVERY = [
     (errors.Conflict("r"), 409, "req_id_conflict"),
     (errors.Removed("why"), 410, "removed"),
     (errors.GivenUp("why"), 500, "dead_letter"),
+    (errors.NodeLost("beta", "is silent"), 502, "node_lost"),
     (errors.QueueUnavailable("why"), 503, "queue_unavailable"),
     (errors.DeadlineExceeded("why"), 504, "deadline_exceeded"),
     (errors.QueueFull(model="m", n_waiting=7, capacity=7, retry_after_s=3), 429, "queue_full"),

@@ -101,7 +101,7 @@ def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGI
     app = Starlette(
         routes=[*routes, Route("/", index), *(dashboard.routes() if model is None else ())],
         middleware=[
-            Middleware(Boundary, node=node.name, model=model),
+            Middleware(Boundary, model=model, node=node.name),
             *guards,
             Middleware(BodyLimit),
         ],
@@ -129,9 +129,9 @@ class Boundary:
     It stands as the first middleware, inside Starlette's own last resort, which answers in plain text and raises again.
     """
 
-    def __init__(self, app: ASGIApp, node: str, model: str | None) -> None:
+    def __init__(self, app: ASGIApp, model: str | None, node: str | None = None) -> None:
         self._app, self._model = app, model
-        self._signed = node_header(node)
+        self._signed = None if node is None else node_header(node)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun_s = time.perf_counter()
@@ -141,9 +141,9 @@ class Boundary:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = message["headers"]
-                if all(name != self._signed[0] for name, _ in headers):  # else it is another node's answer
-                    message = {**message, "headers": [*headers, self._signed]}
+                headers, signed = message["headers"], self._signed
+                if signed is not None and all(name != signed[0] for name, _ in headers):  # else another node's answer
+                    message = {**message, "headers": [*headers, signed]}
             await send(message)
 
         try:

@@ -92,11 +92,13 @@ class FrontDoor:
         def own(worker: Worker, *, embedding: bool) -> str:
             return subjects.direct(worker.name, node, start_time, embedding=embedding)
 
-        def subscribed(name: str, subject: Callable[[Worker], str], handler: Handler, **more: Any) -> ModelSubscriptions:
+        def subscribed(
+            name: str, subject: Callable[[Worker], str], handler: Handler, **more: Any
+        ) -> ModelSubscriptions:
             return ModelSubscriptions(bus, fleet, name=name, subject=subject, handler=handler, **more)
 
-        self._subscriptions = (
-            subscribed("front-door", lambda worker: worker.settings.subject, self._receive, **shared),
+        self.subscriptions = subscribed("front-door", lambda worker: worker.settings.subject, self._receive, **shared)
+        self._beside = (
             subscribed(
                 "front-door-embedding",
                 lambda worker: worker.settings.embedding_subject,
@@ -115,13 +117,13 @@ class FrontDoor:
         return self._n_tasks.total()
 
     async def start(self) -> None:
-        for subscriptions in self._subscriptions:
+        for subscriptions in (self.subscriptions, *self._beside):
             await subscriptions.start()
 
     async def leave(self) -> None:
         """Takes no more messages, so that the broker gives them to other nodes; what is under way goes on."""
         self._leaving = True
-        await asyncio.gather(*(subscriptions.close() for subscriptions in self._subscriptions))
+        await asyncio.gather(*(subscriptions.close() for subscriptions in (self.subscriptions, *self._beside)))
 
     async def close(self) -> None:
         """Takes no more messages, and gives those under way two seconds to send their last answer."""

@@ -167,8 +167,8 @@ def advisory_consumer() -> ConsumerConfig:
 
 
 async def foreign_streams(js: JetStream, settings: WorkerSettings) -> list[str]:
-    """Streams that are not this project's and cover a public subject of the model: their receipt reaches a caller before
-    the answer does."""
+    """Streams that are not this project's and cover a public subject of the model: their receipt reaches a caller
+    before the answer does."""
     names: list[str] = []
     for subject in _each(settings.subject, settings.embedding_subject):
         names += (await js.call("STREAM.NAMES", {"subject": subject})).get("streams") or []
