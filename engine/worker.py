@@ -345,6 +345,7 @@ class Worker:
                 utilization=round(self.n_waiting / self.settings.queue_max_msgs, 4),
                 threshold=self.settings.backpressure_threshold,
             ),
+            worker_count=self.n_slots,
             node=self._node,
             start_time=self._start_time,
         )

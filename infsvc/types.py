@@ -224,7 +224,10 @@ class BackpressureStatus(Wire):
 
 
 class HealthDocument(Wire):
-    """What `models.<m>.health` answers, heartbeats carry and `/healthz` and `/api/services` show."""
+    """What `models.<m>.health` answers, heartbeats carry and `/healthz` and `/api/services` show.
+
+    `monitoring_topic` is where the model's reports go, `worker_count` how many sequences it decodes at once.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -241,6 +244,7 @@ class HealthDocument(Wire):
     model_info: ModelInfoDocument | None
     queue_metrics: QueueMetrics
     backpressure_status: BackpressureStatus
+    worker_count: int | None = None
     node: str
     start_time: str
 
@@ -269,7 +273,6 @@ class ServiceDocument(HealthDocument):
         last_seen: when it last did.
         uptime: nanoseconds since the node's start.
         response_time_ms: how long the last answer of `models.<m>.health` took; None while there was none.
-        worker_count: sequences decoded at once; None until the first report.
         local: whether the model is the answering node's own.
     """
 
@@ -278,7 +281,6 @@ class ServiceDocument(HealthDocument):
     uptime: int
     response_time_ms: float | None = None
     tokens_per_s: float | None = None
-    worker_count: int | None = None
     local: bool = False
 
 
