@@ -25,6 +25,7 @@ from infsvc.settings import Address, NodeSettings, WorkerSettings
 from infsvc.types import ModelState
 from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
+from transports.forwarder import Forwarder
 from transports.http.app import build_app
 from transports.http.server import HttpServer
 from transports.nats.registry import Registry
@@ -103,9 +104,11 @@ class ScriptedNode:
         self.queue_desk = SimpleNamespace(cancel=_nothing_queued)
         self.bus: Any = SimpleNamespace(
             state=SimpleNamespace(status="connected", url="nats://127.0.0.1:5700", reason=None),
+            nc=None,
             on_connected=lambda callback: None,
         )
         self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
+        self.forwarder = Forwarder(self.bus, self.registry)
         workers = {name: WorkerSettings(model_name=name, queue_max_msgs=3, worker_concurrency=2) for name in MODELS}
         self.audits = {name: AuditLog(folder / f"{name}.sqlite") for name in workers}
         self.logs = AuditReader(self.audits)
