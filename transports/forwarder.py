@@ -53,6 +53,7 @@ class Forwarded:
     Attributes:
         node: who answers.
         opened_s: when it was sent, in seconds since the epoch.
+        absent: whether the broker says that nobody is there.
         status, headers: the answer's, once `head()` has returned.
     """
 
@@ -64,8 +65,9 @@ class Forwarded:
         self._id = secrets.token_hex(8)
         self._answers: Subscription | None = None
         self._asking: asyncio.Task[None] | None = None
-        self._n_taken = 0
+        self._n_taken = self._n_asked = 0
         self._ended = self._closed = False
+        self.absent = False
         self.opened_s = time.time()
         self.status = 0
         self.headers: list[tuple[str, str]] = []
@@ -151,7 +153,8 @@ class Forwarded:
                 raise self._lost("cannot be heard: its answer comes faster than it is read") from None
             heard_s = time.monotonic()
             if (message.headers or {}).get("Status") == NO_RESPONDERS:
-                if not self._n_taken:
+                self.absent = True
+                if not self._n_taken and not self._n_asked:
                     raise NoRespondersError
                 raise self._lost("went in the middle of its answer")
             part = Part.read(message.headers)
@@ -167,6 +170,7 @@ class Forwarded:
     async def _ask(self) -> None:
         while True:
             await asyncio.sleep(ASK_S)
+            self._n_asked += 1
             await self._send(Part(kind="ask", id=self._id), b"", reply=self._inbox)
 
     async def _send(self, part: Part, data: bytes, *, reply: str = "") -> None:
@@ -199,11 +203,23 @@ class Forwarder:
         self._bus, self._registry = bus, registry
         self._open: set[Forwarded] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._absent_s: dict[tuple[str, str], float] = {}
         self.n_forwarded = 0
 
     def services(self) -> list[ServiceDocument]:
-        """Every model of other nodes that this one can reach."""
-        return self._registry.services() if self._bus.nc is not None else []
+        """Every model of other nodes that this one can reach. One whose node was not there when it was asked is
+        `offline` until it is heard of again, whatever it said last."""
+        if self._bus.nc is None:
+            return []
+        now_s = time.time()
+        return [
+            each.service(now_s).model_copy(
+                update={"status": "offline", "reason": f"{each.document.node} does not answer"}
+                if each.last_seen_s <= self._absent_s.get(each.key[1:], 0.0)
+                else {}
+            )
+            for each in self._registry.roster.sightings()
+        ]
 
     def nodes(self, model: str) -> list[ServiceDocument]:
         """The other nodes where the model is online, the one with the most room first."""
@@ -254,16 +270,23 @@ class Forwarder:
 
     async def done(self, forwarded: Forwarded) -> None:
         """Ends a request that was sent, if it has not ended."""
-        self._open.discard(forwarded)
+        self._leave(forwarded)
         await forwarded.close()
 
     def drop(self, forwarded: Forwarded) -> None:
         """The same for whoever cannot wait. Safe to call twice."""
         if forwarded in self._open:
-            self._open.discard(forwarded)
+            self._leave(forwarded)
             task = asyncio.create_task(forwarded.close(), name=f"forward-close-{forwarded.node}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+    def _leave(self, forwarded: Forwarded) -> None:
+        self._open.discard(forwarded)
+        if forwarded.absent:
+            known = {each.key[1:] for each in self._registry.roster.sightings()}
+            self._absent_s = {key: told_s for key, told_s in self._absent_s.items() if key in known}
+            self._absent_s[forwarded.key] = time.time()
 
     async def close(self) -> None:
         """Ends what is under way, in a second at most."""

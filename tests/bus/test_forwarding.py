@@ -270,6 +270,23 @@ async def test_bodies_larger_than_a_message_go_in_pieces(
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "too_large")
 
 
+async def test_a_node_that_was_killed_is_offline_until_it_is_heard_again(
+    gateway: httpx2.AsyncClient, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its doors close without a farewell, as those of a process that was killed; what it said last still stands.
+    await pair.beta._forward_door.close()
+    lost = await gateway.post("/v1/completions", json=NATIVE)
+    assert (lost.status_code, lost.json()["code"]) == (502, "node_lost")
+    monkeypatch.setattr(pair.alpha.registry._watch, "_take_health", lambda *_: None)
+    after = await gateway.post("/v1/completions", json=NATIVE)
+    assert (after.status_code, after.json()["code"]) == (503, "model_not_loaded")
+    assert "beta does not answer" in after.json()["error"]
+    assert [each["id"] for each in (await gateway.get("/v1/models")).json()["data"]] == ["tiny"]
+    pair.alpha.registry.roster.hear_health(pair.beta.fleet.get(MODEL).health().model_dump_json().encode())
+    again = await gateway.post("/v1/completions", json=NATIVE)
+    assert again.status_code == 502
+
+
 async def test_a_node_that_cannot_be_found_is_passed_over(gateway: httpx2.AsyncClient, pair: Pair) -> None:
     (target,) = pair.alpha.forwarder.nodes(MODEL)
     ghost = target.model_copy(update={"node": "ghost"})

@@ -84,7 +84,7 @@ class ModelChoice:
             raise ServedElsewhere(nodes)
         if name in node.fleet.workers:
             return
-        heard = node.registry.find(name)
+        heard = next((each for each in services if each.model_name == name), None)
         if heard is not None:
             why = f"at {heard.node}" + (f": {heard.reason}" if heard.reason else "")
             raise ModelNotLoaded(name, heard.status, why)
