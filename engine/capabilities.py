@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.harmony import CHANNEL
 from engine.model_info import ModelInfo
+from engine.tool_calls import form_of
 from infsvc.types import Capability
 
-# The mark that `engine.output` can tell apart, and those it cannot yet.
+# The mark that `engine.output` can tell apart, and those it cannot (the first only in harmony).
 _THINK_MARK = "<think>"
-_TOOL_MARK = "<tool_call>"
-_OTHER_THINK_MARKS = ("<|channel|>", "[THINK]", "<|START_THINKING|>", "<seed:think>")
+_OTHER_THINK_MARKS = (str(CHANNEL), "[THINK]", "<|START_THINKING|>", "<seed:think>")
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,22 @@ def pooling_of(info: ModelInfo, asked: str = "auto") -> str | None:
     return pooling if pooling in _POOLED else None
 
 
-def detect(info: ModelInfo, *, pooling: str = "auto", embeds_only: bool = False) -> tuple[CapabilityClaim, ...]:
+def detect(
+    info: ModelInfo, *, pooling: str = "auto", embeds_only: bool = False, harmony: bool = False
+) -> tuple[CapabilityClaim, ...]:
     """One claim for each capability, in the enum's order.
 
     Args:
         pooling: the worker file's POOLING.
         embeds_only: whether it says MODEL_FORMAT=embedding.
+        harmony: whether the model is asked in harmony.
     """
     generates = info.pooling is None and info.causal and not embeds_only
     claims = {
         Capability.TEXT_GENERATION: _text(info, generates, embeds_only),
         Capability.EMBEDDINGS: _embeddings(info, pooling),
-        Capability.REASONING: _reasoning(info, generates),
-        Capability.TOOL_CALLING: _tools(info, generates),
+        Capability.REASONING: _reasoning(info, generates, harmony),
+        Capability.TOOL_CALLING: _tools(info, generates, harmony),
         Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
     }
     return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
@@ -73,9 +77,11 @@ def _embeddings(info: ModelInfo, asked: str) -> tuple[bool, str]:
     return True, f"pooling type {info.pooling}"
 
 
-def _reasoning(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+def _reasoning(info: ModelInfo, generates: bool, harmony: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
+    if harmony:
+        return True, f"{CHANNEL} is a token of the vocabulary: harmony's analysis channel"
     for mark in (_THINK_MARK, *_OTHER_THINK_MARKS):
         served = mark == _THINK_MARK
         but = "" if served else "; this form of reasoning is not told apart by this version"
@@ -94,13 +100,17 @@ def _grammar(info: ModelInfo, generates: bool) -> tuple[bool, str]:
     return True, f"a vocabulary of {info.n_vocab} tokens, each allowed or not at every step"
 
 
-def _tools(info: ModelInfo, generates: bool) -> tuple[bool, str]:
+def _tools(info: ModelInfo, generates: bool, harmony: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
+    if harmony:
+        return True, f"{CHANNEL} is a token of the vocabulary: harmony's calls in the commentary channel"
     if not info.chat_template:
         return False, "no chat template"
     if "tools" not in info.chat_template:
         return False, "the chat template has no place for tools"
-    if _TOOL_MARK in info.chat_template:
-        return True, f"the chat template lists tools and writes {_TOOL_MARK}"
+    found = form_of(info.chat_template)
+    if found is not None:
+        form, mark = found
+        return True, f"the chat template lists tools and writes {mark} (the form of {form.name})"
     return False, "the chat template lists tools; this form of tool call is not served by this version"

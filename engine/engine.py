@@ -542,7 +542,8 @@ class Engine:
             self._outbox.append(TokenEmitted(sequence, now, ""))
             self._finish(context, scheduler, sequence, "stop")
             return
-        text, stopped = sequence.assembler.feed(model.piece(token, special=sequence.special))
+        special = sequence.special or token in sequence.shown
+        text, stopped = sequence.assembler.feed(model.piece(token, special=special))
         logprobs = None
         if raw is not None and sequence.n_logprobs is not None:
             logprobs = step_logprobs(

@@ -395,7 +395,12 @@ class Fleet:
             worker.format = await loop.run_in_executor(
                 self.pool,
                 lambda: load_prompt_format(
-                    worker.path, info.chat_template, bos=model.token_text(model.bos), eos=model.token_text(model.eos)
+                    worker.path,
+                    info.chat_template,
+                    bos=model.token_text(model.bos),
+                    eos=model.token_text(model.eos),
+                    settings=worker.settings,
+                    vocabulary=info.special_tokens,
                 ),
             )
             if worker.name in self._stopping:

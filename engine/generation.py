@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.logprobs import StepLogprobs
-from engine.output import Parsed, ReasoningParser
+from engine.output import OutputParser, Parsed
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
 from engine.tool_calls import ToolCall, ToolCallParser
 from infsvc.errors import EngineFailed
@@ -46,7 +46,7 @@ class Generation:
         *,
         formatted: str,
         tokens_in: int,
-        parser: ReasoningParser,
+        parser: OutputParser,
         calls: ToolCallParser | None = None,
         cancel: Callable[[Sequence], None],
         on_token: Callable[[], None],
@@ -156,6 +156,8 @@ class Generation:
         match event:
             case SequenceStarted():
                 self.slot = event.slot
+            case TokenEmitted() if self._parser.ended:
+                pass  # drawn before the engine heard that the answer is complete
             case TokenEmitted():
                 self.tokens_out += 1
                 self._last_s = event.at_s
@@ -165,21 +167,25 @@ class Generation:
                 if event.logprobs is not None:
                     self.logprobs.append(event.logprobs)
                 self._show(self._parser.feed(event.text))
+                if self._parser.ended:
+                    self.cancel()
             case SequenceFinished():
-                if event.reason == "cancelled" or self._first_s is None:
+                complete = self._parser.ended and event.reason in ("cancelled", "length")
+                if (event.reason == "cancelled" and not complete) or self._first_s is None:
                     self._last_s = event.at_s
                 self._show(self._parser.feed(event.text))
                 self._show(self._parser.finish(), last=True)
-                self._end(event)
+                self._end(event, "stop" if complete else event.reason)
 
     def _show(self, parsed: Parsed, *, last: bool = False) -> None:
         text = parsed.text
-        calls: list[ToolCall] = []
+        calls = list(parsed.calls)
         if self._calls is not None:
-            text, calls = self._calls.feed(text)
+            text, found = self._calls.feed(text)
+            calls += found
             if last:
-                rest, more = self._calls.finish()
-                text, calls = text + rest, [*calls, *more]
+                rest, found = self._calls.finish()
+                text, calls = text + rest, [*calls, *found]
         if text or parsed.reasoning or calls:
             self._text.append(text)
             self._reasoning.append(parsed.reasoning)
@@ -189,11 +195,11 @@ class Generation:
             self._chunks.append(Chunk(self._n_chunks, text, parsed.reasoning, logprobs, tuple(calls)))
             self._n_chunks += 1
 
-    def _end(self, event: SequenceFinished) -> None:
+    def _end(self, event: SequenceFinished, reason: str) -> None:
         self.error = event.error
         self.tokens_cached = event.n_cached
         duration = round(self.duration_ms)
-        called = bool(self.tool_calls) and event.reason == "stop"
+        called = bool(self.tool_calls) and reason == "stop"
         self.reply = CompletionReply(
             req_id=self.req_id,
             text="".join(self._text),
@@ -202,7 +208,7 @@ class Generation:
             tokens_out=self.tokens_out,
             tokens_cached=self.tokens_cached,
             tool_calls=[call.wire() for call in self.tool_calls] or None,
-            finish_reason=cast(FinishReason, "tool_calls" if called else event.reason),
+            finish_reason=cast(FinishReason, "tool_calls" if called else reason),
             duration_ms=duration,
             ms=duration,
             error=event.error,

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from engine.tool_calls import ToolCall
 
 
 class TextAssembler:
@@ -53,10 +57,27 @@ class TextAssembler:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What one piece of text turned out to be; either may be empty."""
+    """What one piece of text turned out to be; each may be empty."""
 
     text: str
     reasoning: str
+    calls: tuple[ToolCall, ...] = ()
+
+
+class OutputParser(Protocol):
+    """Sorts an answer piece by piece, whatever the pieces. One an answer; loop thread.
+
+    Attributes:
+        ended: whether the answer is complete, so that nothing of what may follow is read.
+    """
+
+    ended: bool
+
+    def feed(self, piece: str) -> Parsed:
+        """What is certain now."""
+
+    def finish(self) -> Parsed:
+        """What was held back when the answer ended."""
 
 
 class ReasoningParser:
@@ -67,6 +88,8 @@ class ReasoningParser:
     """
 
     _OPEN, _CLOSE = "<think>", "</think>"
+
+    ended = False
 
     def __init__(self, *, enabled: bool, inside: bool = False) -> None:
         self._phase = "text" if not enabled else "opened" if inside else "start"

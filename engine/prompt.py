@@ -1,5 +1,5 @@
-"""From messages to the text a model reads: the GGUF's own chat template, or `prompt_template.json` beside the model as
-the override.
+"""From messages to the text a model reads: the GGUF's own chat template, `prompt_template.json` beside the model as the
+override, or harmony.
 
 Templates come with downloaded files, so they run in Jinja's immutable sandbox and may only compute text.
 """
@@ -7,7 +7,7 @@ Templates come with downloaded files, so they run in Jinja's immutable sandbox a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -21,8 +21,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.harmony import HarmonyFormat, missing_marks, speaks_harmony
 from infsvc.errors import BadRequest, LoadError
-from infsvc.types import Message
+from infsvc.settings import WorkerSettings
+from infsvc.types import Message, ReasoningEffort
 
 Tool = dict[str, Any]
 """A tool as OpenAI's API describes it: `{"type": "function", "function": {name, description, parameters}}`."""
@@ -35,7 +37,14 @@ _MAX_RANGE_ITEMS = 100_000
 class PromptFormat(Protocol):
     """Renders messages; any thread."""
 
-    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        think: bool | None,
+        tools: Sequence[Tool] = (),
+        effort: ReasoningEffort | None = None,
+    ) -> str:
         """The prompt's text, ending where the model's answer begins."""
 
 
@@ -52,7 +61,14 @@ class PrefixTemplate(BaseModel):
     model_prefix: str
     model_suffix: str = ""
 
-    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        think: bool | None,
+        tools: Sequence[Tool] = (),
+        effort: ReasoningEffort | None = None,
+    ) -> str:
         """Turns in order, then the model's prefix; without a system prefix a system message leads the first user's
         text.
 
@@ -98,11 +114,19 @@ class JinjaTemplate:
                 f"the model's chat template does not compile: {error}; put a {TEMPLATE_FILE} beside it"
             ) from None
 
-    def render(self, messages: Sequence[Message], *, think: bool | None, tools: Sequence[Tool] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        think: bool | None,
+        tools: Sequence[Tool] = (),
+        effort: ReasoningEffort | None = None,
+    ) -> str:
         """Raises `BadRequest` when the template refuses the messages."""
         try:
             text = self._template.render(
                 **({} if think is None else {"enable_thinking": think}),
+                **({} if effort is None else {"reasoning_effort": effort}),
                 messages=[_turn(message) for message in messages],
                 add_generation_prompt=True,
                 bos_token=self._bos,
@@ -188,12 +212,34 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def load_prompt_format(model_path: Path, chat_template: str | None, *, bos: str, eos: str) -> PromptFormat | None:
-    """The format of a model: `prompt_template.json` beside its file, else its own chat template, else None (raw only).
+def load_prompt_format(
+    model_path: Path,
+    chat_template: str | None,
+    *,
+    bos: str,
+    eos: str,
+    settings: WorkerSettings | None = None,
+    vocabulary: Collection[str] = (),
+) -> PromptFormat | None:
+    """The format of a model: harmony where MODEL_FORMAT names it; else `prompt_template.json` beside its file, else
+    harmony where the file is made for it, else its own chat template, else None (raw only).
+
+    Args:
+        vocabulary: the special tokens.
 
     Raises:
-        LoadError: the override or the template is broken.
+        LoadError: the override or the template is broken, or harmony is asked for and the vocabulary has not its
+            tokens.
     """
+    asked = settings.model_format if settings is not None else "template"
+    if settings is not None and asked == "harmony":
+        missing = missing_marks(vocabulary)
+        if missing:
+            raise LoadError(
+                f"MODEL_FORMAT=harmony needs a vocabulary with {' '.join(missing)}, and {model_path} has not: "
+                "use MODEL_FORMAT=auto"
+            )
+        return _harmony(settings)
     override = model_path.parent / TEMPLATE_FILE
     if override.is_file():
         try:
@@ -204,6 +250,17 @@ def load_prompt_format(model_path: Path, chat_template: str | None, *, bos: str,
             raise LoadError(f"{override}: {where + ': ' if where else ''}{first['msg']}") from None
         except OSError as error:
             raise LoadError(f"{override} cannot be read: {error.strerror}") from None
+    if settings is not None and speaks_harmony(asked, vocabulary=vocabulary, chat_template=chat_template):
+        return _harmony(settings)
     if chat_template:
         return JinjaTemplate(chat_template, bos=bos, eos=eos)
     return None
+
+
+def _harmony(settings: WorkerSettings) -> HarmonyFormat:
+    return HarmonyFormat(
+        identity=settings.harmony_model_identity,
+        knowledge_cutoff=settings.harmony_knowledge_cutoff,
+        effort=settings.harmony_reasoning_level,
+        extract_final=settings.harmony_extract_final,
+    )

@@ -42,6 +42,7 @@ class Sequence:
         max_tokens: how many tokens may be drawn, those that end the answer counted in.
         n_ctx: tokens of context, prompt and answer together.
         special: whether control tokens are shown as text (raw mode).
+        shown: those that are shown all the same, because a parser reads them.
         listener: called on the loop's thread with each event of this sequence.
         priority: a higher one is admitted earlier.
         n_logprobs: how many of the likeliest tokens are told with each drawn one (0-20); None tells no log-probability.
@@ -60,6 +61,7 @@ class Sequence:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     special: bool = False
+    shown: frozenset[int] = frozenset()
     priority: int = 0
     n_logprobs: int | None = None
     constraint: Matcher | None = None

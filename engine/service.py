@@ -23,7 +23,6 @@ from engine.logprobs import MAX_TOP
 from engine.prompt import Tool
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
-from engine.tool_calls import ToolCallParser
 from engine.worker import Worker
 from infsvc.audit import AuditStatus, RequestRow
 from infsvc.errors import (
@@ -39,7 +38,16 @@ from infsvc.errors import (
     TextTooLong,
 )
 from infsvc.events import EventBus, RequestFinished, RequestStarted
-from infsvc.types import Capability, CompletionReply, CompletionRequest, Message, ModelState, Params, new_req_id
+from infsvc.types import (
+    Capability,
+    CompletionReply,
+    CompletionRequest,
+    Message,
+    ModelState,
+    Params,
+    ReasoningEffort,
+    new_req_id,
+)
 
 if TYPE_CHECKING:
     from engine.constraint import Grammars
@@ -52,6 +60,7 @@ class InferenceRequest:
     Attributes:
         raw: the input goes to the model as it is, and its output comes back as it is.
         think: asks a reasoning model to think first, or not to; None leaves it to the model's template.
+        effort: how long a model thinks that knows degrees; None leaves it to the worker file.
         plain: the input is completed without a template; the BOS is added as the vocabulary says.
         tokens: the prompt as token ids, in place of `input` and `messages`.
         tools: what the model may call; its template lists them.
@@ -68,6 +77,7 @@ class InferenceRequest:
     messages: tuple[Message, ...] = ()
     raw: bool = False
     think: bool | None = None
+    effort: ReasoningEffort | None = None
     plain: bool = False
     tokens: tuple[int, ...] | None = None
     tools: tuple[Tool, ...] = ()
@@ -186,7 +196,8 @@ class InferenceService:
         worker = self._fleet.get(request.model)
         row = self._row(request, "replayed", error=answer.get("error"))
         known = {key: answer[key] for key in ("tokens_in", "tokens_out", "finish_reason", "reasoning") if key in answer}
-        worker.audit.record(replace(row, response_text=answer.get("text"), **known))
+        told = answer_text(answer.get("text"), answer.get("tool_calls"))
+        worker.audit.record(replace(row, response_text=told, **known))
 
     def refused(self, request: InferenceRequest | EmbeddingRequest, error: RequestError) -> None:
         """Leaves the row of a request that a door refused by itself."""
@@ -233,7 +244,7 @@ class InferenceService:
         self._check_room(worker, queued=request.queued)
         with worker.preparing():
             params = request.params
-            (formatted, tokens, parser), constraint = await asyncio.get_running_loop().run_in_executor(
+            prompt, constraint = await asyncio.get_running_loop().run_in_executor(
                 self._fleet.pool,
                 lambda: (
                     worker.prompt(
@@ -241,7 +252,9 @@ class InferenceService:
                         messages=request.messages,
                         raw=request.raw,
                         think=request.think,
+                        effort=request.effort,
                         tools=request.tools,
+                        one_call=request.one_call,
                         answer_only=params.constrained,
                         plain=request.plain,
                         tokens=request.tokens,
@@ -252,6 +265,7 @@ class InferenceService:
             # The model may have been asked to leave while the prompt was rendered.
             self._check_ready(worker)
             assert worker.engine is not None
+            tokens = prompt.tokens
             if not tokens:
                 raise BadRequest("the input has no tokens", param="input")
             if len(tokens) >= worker.n_ctx:
@@ -266,10 +280,10 @@ class InferenceService:
                     )
             generation = Generation(
                 request,
-                formatted=formatted,
+                formatted=prompt.text,
                 tokens_in=len(tokens),
-                parser=parser,
-                calls=ToolCallParser(whole=request.one_call) if request.tools else None,
+                parser=prompt.parser,
+                calls=prompt.calls,
                 cancel=engine.cancel,
                 on_token=worker.stats.token,
                 on_done=lambda done: self._done(worker, done),
@@ -283,6 +297,7 @@ class InferenceService:
                 stop=params.stop,
                 ignore_eos=params.ignore_eos,
                 special=request.raw,
+                shown=prompt.shown,
                 priority=request.priority,
                 n_logprobs=request.n_logprobs,
                 constraint=constraint,
@@ -417,7 +432,7 @@ class InferenceService:
                 ts=generation.created_ts,
                 worker_id=f"{self._node}{slot}",
                 formatted_input=generation.formatted,
-                response_text=reply.text,
+                response_text=answer_text(reply.text, reply.tool_calls),
                 tokens_in=reply.tokens_in,
                 tokens_out=reply.tokens_out,
                 tokens_cached=reply.tokens_cached,
@@ -504,6 +519,14 @@ def _grammar_used(params: Params) -> str | None:
     if params.json_schema is None:
         return params.grammar
     return json.dumps(params.json_schema, ensure_ascii=False)
+
+
+def answer_text(text: str | None, calls: list[dict[str, Any]] | None) -> str | None:
+    """What the audit log keeps as the answer: its text, then its tool calls as JSON."""
+    if not calls:
+        return text
+    told = json.dumps(calls, ensure_ascii=False)
+    return f"{text}\n{told}" if text else told
 
 
 def retry_after_s(worker: Worker) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.capabilities import CapabilityClaim, detect
 from engine.counters import EngineCounters
 from engine.generation import Generation
+from engine.harmony import MARKS, HarmonyFormat, Mark, speaks_harmony
+from engine.harmony_output import HarmonyParser
 from engine.model_info import ModelInfo
-from engine.output import ReasoningParser
+from engine.output import OutputParser, ReasoningParser
 from engine.prompt import PromptFormat, Tool
 from engine.stats import ModelStats
+from engine.tool_calls import ToolCallParser, form_of
 from infsvc import __version__
 from infsvc.audit import AuditSink, EventRow
 from infsvc.errors import BadRequest, ModelNotLoaded
@@ -36,6 +40,7 @@ from infsvc.types import (
     ModelState,
     Params,
     QueueMetrics,
+    ReasoningEffort,
     backpressure_level,
     human_count,
 )
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from engine.embedder import Embedder
     from engine.embedding import Embedding
     from engine.engine import Engine
+    from engine.llama import LlamaModel
 
     LiveRequest = Generation | Embedding
 
@@ -57,6 +63,23 @@ def timestamp(ts: float | None) -> str | None:
         if ts is None
         else datetime.fromtimestamp(ts, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request as the model reads it, and what reads its answer.
+
+    Attributes:
+        calls: takes tool calls out of the text that the parser leaves; None where there are none, or where the parser
+            does.
+        shown: control tokens that the engine shows as text, because a parser reads them.
+    """
+
+    text: str
+    tokens: list[int]
+    parser: OutputParser
+    calls: ToolCallParser | None = None
+    shown: frozenset[int] = frozenset()
 
 
 class Worker:
@@ -178,7 +201,9 @@ class Worker:
         """Takes the header's facts over, as the worker file reads them."""
         asked = self.settings
         self.info = info
-        self.claims = detect(info, pooling=asked.pooling, embeds_only=asked.model_format == "embedding")
+        harmony = speaks_harmony(asked.model_format, vocabulary=info.special_tokens, chat_template=info.chat_template)
+        embeds_only = asked.model_format == "embedding"
+        self.claims = detect(info, pooling=asked.pooling, embeds_only=embeds_only, harmony=harmony)
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         """Goes to another state and says so."""
@@ -244,21 +269,21 @@ class Worker:
         messages: tuple[Message, ...],
         raw: bool,
         think: bool | None,
+        effort: ReasoningEffort | None = None,
         tools: tuple[Tool, ...] = (),
+        one_call: bool = False,
         answer_only: bool = False,
         plain: bool = False,
         tokens: tuple[int, ...] | None = None,
-    ) -> tuple[str, list[int], ReasoningParser]:
+    ) -> Prompt:
         """Renders and tokenises. Any thread, while the engine is open.
 
         Args:
+            one_call: the answer is one call, as a constraint has it.
             answer_only: the model is to answer at once: no reasoning is asked for, and one that the template has
                 opened is closed, so that the first token is the answer's.
             plain: the text is completed without a template.
             tokens: the prompt as ids.
-
-        Returns:
-            The text the model reads, its token ids, and the parser for what it answers.
 
         Raises:
             BadRequest: there is nothing to read, or the template refuses it.
@@ -272,17 +297,18 @@ class Worker:
             wrong = next((token for token in tokens if not 0 <= token < model.n_vocab), None)
             if wrong is not None:
                 raise BadRequest(f"{wrong} is no token: the vocabulary has {model.n_vocab}", param="prompt")
-            return "", list(tokens), ReasoningParser(enabled=False)
+            return Prompt("", list(tokens), ReasoningParser(enabled=False))
         if plain:
             completed = model.tokenize(text or "", add_special=True, parse_special=True)
-            return text or "", completed, ReasoningParser(enabled=False)
+            return Prompt(text or "", completed, ReasoningParser(enabled=False))
         if tools and not self.has(Capability.TOOL_CALLING):
             why = next(claim.evidence for claim in self.claims if claim.capability is Capability.TOOL_CALLING)
             raise BadRequest(f"{self.name} calls no tools: {why}", param="tools")
         if raw:
             if text is None:
                 raise BadRequest("raw needs an input text", param="raw")
-            return text, model.tokenize(text, add_special=False, parse_special=True), ReasoningParser(enabled=False)
+            ids = model.tokenize(text, add_special=False, parse_special=True)
+            return Prompt(text, ids, ReasoningParser(enabled=False))
         turns = messages or (Message(role="user", content=text or ""),)
         if form is None:
             raise BadRequest(
@@ -290,7 +316,16 @@ class Worker:
                 "or put a prompt_template.json beside its file",
                 param="raw",
             )
-        rendered = form.render(turns, think=False if answer_only else think, tools=tools)
+        if isinstance(form, HarmonyFormat):
+            if think is False and tools and not answer_only:
+                raise BadRequest(
+                    f"{self.name} cannot leave thinking out where it may call tools: reasoning_effort low is the least",
+                    param="reasoning_effort",
+                )
+            return _in_harmony(
+                form, model, turns, think=False if answer_only else think, effort=effort, tools=tools, one_call=one_call
+            )
+        rendered = form.render(turns, think=False if answer_only else think, tools=tools, effort=effort)
         if answer_only and rendered.rstrip().endswith("<think>"):
             rendered = rendered.rstrip() + "\n\n</think>\n\n"
         bos = model.token_text(model.bos)
@@ -299,7 +334,15 @@ class Worker:
         ids = model.tokenize(bare, add_special=True, parse_special=True)
         inside = rendered.rstrip().endswith("<think>")
         reasons = self.has(Capability.REASONING) and not answer_only
-        return rendered, ids, ReasoningParser(enabled=reasons, inside=inside)
+        parser = ReasoningParser(enabled=reasons, inside=inside)
+        if not tools:
+            return Prompt(rendered, ids, parser)
+        found = form_of(self.info.chat_template or "") if self.info is not None else None
+        writes = found[0] if found is not None else None
+        names = {str(tool["function"]["name"]) for tool in tools}
+        calls = ToolCallParser(writes, whole=one_call, names=names)
+        shown = _token_ids(model, writes.tokens) if writes is not None and not one_call else frozenset()
+        return Prompt(rendered, ids, parser, calls, shown)
 
     @property
     def level(self) -> Literal["healthy", "warning", "critical"]:
@@ -363,3 +406,30 @@ class Worker:
             node=self._node,
             tokens_per_s=round(self.stats.tokens_per_s(), 1),
         )
+
+
+def _in_harmony(
+    form: HarmonyFormat,
+    model: LlamaModel,
+    turns: tuple[Message, ...],
+    *,
+    think: bool | None,
+    effort: ReasoningEffort | None,
+    tools: tuple[Tool, ...],
+    one_call: bool,
+) -> Prompt:
+    """Tokenises marks as marks and texts as texts, so that nobody's text can pass for a mark."""
+    pieces = form.pieces(turns, think=think, effort=effort, tools=tools)
+    ids = [model.bos] if model.adds_bos and model.bos >= 0 else []
+    for piece in pieces:
+        ids += model.tokenize(piece, add_special=False, parse_special=isinstance(piece, Mark))
+    parser = HarmonyParser(final=think is False, calls=bool(tools) and not one_call, verbatim=not form.extract_final)
+    return Prompt(
+        "".join(pieces), ids, parser, ToolCallParser(whole=True) if one_call else None, _token_ids(model, MARKS)
+    )
+
+
+def _token_ids(model: LlamaModel, marks: Iterable[str]) -> frozenset[int]:
+    """The tokens that these marks are; one that the vocabulary has not as a token is text anyway."""
+    spelled = [model.tokenize(mark, add_special=False, parse_special=True) for mark in marks]
+    return frozenset(ids[0] for ids in spelled if len(ids) == 1)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from infsvc.errors import BadRequest, Unsupported
-from infsvc.types import Message, Params, Wire
+from infsvc.types import Message, Params, ReasoningEffort, Wire
 
 INERT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -128,6 +128,12 @@ class ChatRequest(_Request):
         if asked is None and self.reasoning_effort is not None:
             return self.reasoning_effort != "none"
         return asked
+
+    @property
+    def effort(self) -> ReasoningEffort | None:
+        """How long to think, for models that know degrees; None leaves it to the worker file."""
+        asked = self.reasoning_effort
+        return "low" if asked == "minimal" else None if asked == "none" else asked
 
     @property
     def forced_tools(self) -> list[dict[str, Any]]:

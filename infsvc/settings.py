@@ -112,7 +112,7 @@ class WorkerSettings(BaseSettings):
     model_path: str = ""
     """Where the file lies, relative to the home."""
     model_format: Literal["auto", "template", "harmony", "embedding"] = "auto"
-    """How prompts are made: `auto` reads it from the file."""
+    """How prompts are made and answers read: `auto` reads it from the file."""
     http_addr: Annotated[str, BeforeValidator(_address_text)] = ""
     """The model's own port, host:port; an empty host is INFSVC_BIND, empty altogether is no port of its own."""
     subject: str = ""
@@ -132,11 +132,12 @@ class WorkerSettings(BaseSettings):
     harmony_reasoning_level: Literal["low", "medium", "high"] = "medium"
     """How long a Harmony model thinks when a request does not say."""
     harmony_extract_final: bool = True
-    """Whether a Harmony answer's text is its final channel alone."""
+    """Whether a Harmony answer is told apart by its channels: final, and what is said before a call, is the text,
+    analysis the reasoning. With false the text is the whole answer with its marks; calls are told all the same."""
     harmony_model_identity: str = "ChatGPT, a large language model trained by OpenAI"
-    """The first sentence of the Harmony system message."""
+    """Who the model is, as the Harmony system message says after "You are"; a whole sentence is taken as it is."""
     harmony_knowledge_cutoff: str = "2024-06"
-    """The knowledge cut-off that the Harmony system message names."""
+    """The knowledge cut-off that the Harmony system message names; empty names none."""
     worker_concurrency: Annotated[int, Field(ge=1, le=64)] = 4
     """Sequences decoded in one batch; each has a context of CTX_SIZE."""
     ctx_size: Annotated[int, Field(ge=0, le=2**24)] = 4096

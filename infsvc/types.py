@@ -18,6 +18,9 @@ MAX_BODY_BYTES = 8 * 2**20
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
+ReasoningEffort = Literal["low", "medium", "high"]
+"""How long a model thinks that knows degrees of it."""
+
 
 def new_req_id() -> str:
     """An identifier for a request that came without one: 16 hexadecimal digits."""

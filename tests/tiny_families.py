@@ -6,7 +6,7 @@ is that of `tests.tiny_models`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
@@ -18,14 +18,26 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, HEAD = 64, 4, 2, 128, 16
 WINDOW = 24
 
 
-class _File:
+class TinyFile:
     """A GGUF with the keys that every family has, and random tensors."""
 
-    def __init__(self, path: Path, architecture: str, *, n_layer: int, n_ctx: int, seed: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        architecture: str,
+        *,
+        n_layer: int,
+        n_ctx: int,
+        seed: int = 0,
+        words: Sequence[str] = (),
+        control: Sequence[str] = (),
+        chat_template: str = CHATML,
+    ) -> None:
         self._random = np.random.default_rng(seed)
         self.n_layer = n_layer
         self.writer = writer = gguf.GGUFWriter(path, architecture)
-        self.tokens = [*byte_symbols(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *control]
+        self.tokens = [*byte_symbols(), *special, *words]
         writer.add_name(f"tiny {architecture}")
         writer.add_context_length(n_ctx)
         writer.add_embedding_length(N_EMBD)
@@ -37,12 +49,13 @@ class _File:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("qwen2")
         writer.add_token_list(self.tokens)
-        writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3)
+        normal, controls = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+        writer.add_token_types([normal] * 256 + [controls] * len(special) + [normal] * len(words))
         writer.add_token_merges(["h e", "l l"])
         writer.add_bos_token_id(256)
         writer.add_eos_token_id(258)
         writer.add_add_bos_token(False)
-        writer.add_chat_template(CHATML)
+        writer.add_chat_template(chat_template)
 
     def random(self, name: str, *shape: int, scale: float | None = None) -> None:
         scale = shape[-1] ** -0.5 if scale is None else scale
@@ -75,7 +88,7 @@ class _File:
 
 def write_tiny_qwen3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
     """Full attention."""
-    file = _File(path, "qwen3", n_layer=2, n_ctx=n_ctx, seed=seed)
+    file = TinyFile(path, "qwen3", n_layer=2, n_ctx=n_ctx, seed=seed)
     file.writer.add_head_count_kv(N_HEAD_KV)
     file.writer.add_key_length(HEAD)
     file.writer.add_value_length(HEAD)
@@ -92,7 +105,7 @@ def write_tiny_qwen3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
 
 def write_tiny_gemma3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
     """A sliding window of `WINDOW` tokens in five of six layers."""
-    file = _File(path, "gemma3", n_layer=6, n_ctx=n_ctx, seed=seed)
+    file = TinyFile(path, "gemma3", n_layer=6, n_ctx=n_ctx, seed=seed)
     file.writer.add_head_count_kv(N_HEAD_KV)
     file.writer.add_key_length(HEAD)
     file.writer.add_value_length(HEAD)
@@ -109,10 +122,14 @@ def write_tiny_gemma3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
     return path
 
 
-def write_tiny_gpt_oss(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
-    """A sliding window in every other layer, attention sinks, four experts of which two are used."""
+def write_tiny_gpt_oss(path: Path, *, n_ctx: int = 2048, seed: int = 0, file: TinyFile | None = None) -> Path:
+    """A sliding window in every other layer, attention sinks, four experts of which two are used.
+
+    Args:
+        file: another vocabulary, or other weights.
+    """
     n_experts = 4
-    file = _File(path, "gpt-oss", n_layer=2, n_ctx=n_ctx, seed=seed)
+    file = file or TinyFile(path, "gpt-oss", n_layer=2, n_ctx=n_ctx, seed=seed)
     file.writer.add_head_count_kv(N_HEAD_KV)
     file.writer.add_key_length(HEAD)
     file.writer.add_value_length(HEAD)
@@ -144,7 +161,7 @@ def write_tiny_gpt_oss(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
 
 def write_tiny_lfm2(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
     """Hybrid: short convolutions, whose state cannot be cut, and one layer of attention between them."""
-    file = _File(path, "lfm2", n_layer=3, n_ctx=n_ctx, seed=seed)
+    file = TinyFile(path, "lfm2", n_layer=3, n_ctx=n_ctx, seed=seed)
     file.writer.add_head_count_kv([0, N_HEAD_KV, 0])
     file.writer.add_vocab_size(len(file.tokens))
     file.writer.add_shortconv_l_cache(3)

@@ -127,6 +127,7 @@ class OpenAI:
             params=_params(sampling),
             messages=asked.messages,
             think=asked.think,
+            effort=asked.effort,
             tools=tuple(tool.model_dump(exclude_none=True) for tool in offered),
             one_call=bool(forced),
             n_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
