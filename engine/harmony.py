@@ -8,6 +8,7 @@ vocabulary from the network, while a GGUF brings its own. `engine.harmony_output
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Sequence
 from datetime import date
 from typing import Any, Literal
@@ -34,6 +35,7 @@ Tool = dict[str, Any]
 
 _CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 _TO_COMMENTARY = "Calls to these tools must go to the commentary channel: 'functions'."
+_INSIDE_MARK = re.compile(f"(?<=<)(?={'|'.join(re.escape(mark[1:]) for mark in MARKS)})")
 _SCALARS = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean", "null": "null"}
 _MAX_DEPTH = 32
 
@@ -41,6 +43,12 @@ _MAX_DEPTH = 32
 def missing_marks(vocabulary: Collection[str]) -> list[str]:
     """The control tokens of harmony that a vocabulary has not."""
     return [str(mark) for mark in MARKS if mark not in vocabulary]
+
+
+def unmarked(text: str) -> list[str]:
+    """A text in parts that hold no mark, to be tokenised one by one: llama.cpp takes some marks for tokens in any text,
+    also where no special ones are to be parsed."""
+    return _INSIDE_MARK.split(text)
 
 
 def speaks_harmony(

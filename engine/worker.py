@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from engine.capabilities import CapabilityClaim, detect
 from engine.counters import EngineCounters
 from engine.generation import Generation
-from engine.harmony import MARKS, HarmonyFormat, Mark, speaks_harmony
+from engine.harmony import MARKS, HarmonyFormat, Mark, speaks_harmony, unmarked
 from engine.harmony_output import HarmonyParser
 from engine.model_info import ModelInfo
 from engine.output import OutputParser, ReasoningParser
@@ -422,7 +422,9 @@ def _in_harmony(
     pieces = form.pieces(turns, think=think, effort=effort, tools=tools)
     ids = [model.bos] if model.adds_bos and model.bos >= 0 else []
     for piece in pieces:
-        ids += model.tokenize(piece, add_special=False, parse_special=isinstance(piece, Mark))
+        marked = isinstance(piece, Mark)
+        for part in (piece,) if marked else unmarked(piece):
+            ids += model.tokenize(part, add_special=False, parse_special=marked)
     parser = HarmonyParser(final=think is False, calls=bool(tools) and not one_call, verbatim=not form.extract_final)
     return Prompt(
         "".join(pieces), ids, parser, ToolCallParser(whole=True) if one_call else None, _token_ids(model, MARKS)

@@ -1,4 +1,4 @@
-"""A tiny gpt-oss that says what a test has written for it: a real file, tokens drawn by a real engine, one after another.
+"""A tiny gpt-oss that says what a test has written for it: a real file, whose tokens a real engine draws one by one.
 
 Attention and experts add nothing, so each token alone decides which comes next: a text as pieces, none of them twice.
 """

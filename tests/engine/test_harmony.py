@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.harmony import HarmonyFormat, Mark, missing_marks, speaks_harmony
+from engine.harmony import HarmonyFormat, Mark, missing_marks, speaks_harmony, unmarked
 from infsvc.errors import BadRequest
 from infsvc.types import Message
 
@@ -234,3 +234,8 @@ def test_whose_format_it_is() -> None:
     assert not speaks_harmony("auto", vocabulary=marks, chat_template="another")
     assert not speaks_harmony("template", vocabulary=marks, chat_template="<|channel|>")
     assert not speaks_harmony("harmony", vocabulary=marks - {"<|call|>"}, chat_template="<|channel|>")
+
+
+def test_a_text_parted_so_that_no_part_is_a_mark() -> None:
+    assert unmarked("a <|start|><|end|> <|x|> <") == ["a <", "|start|><", "|end|> <|x|> <"]
+    assert unmarked("") == [""]

@@ -65,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("goes-on", GOES_ON)
     add("verbatim", THINKS, keys={"HARMONY_EXTRACT_FINAL": "false"})
     add("jinja", THINKS, keys={"MODEL_FORMAT": "template"}, after="\n")
-    template = CHATML + "{% if tools %}MARK{% endif %}"
+    template = "{% if tools %}MARK{% endif %}" + CHATML
     add(
         "mistral",
         MISTRAL,
