@@ -54,7 +54,7 @@ def described(model: type[BaseModel]) -> dict[str, str]:
             and isinstance(after, ast.Expr)
             and isinstance(after.value, ast.Constant)
         ):
-            found[field.target.id] = str(after.value.value)
+            found[field.target.id] = " ".join(str(after.value.value).split())
     return found
 
 
