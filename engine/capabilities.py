@@ -38,7 +38,12 @@ def pooling_of(info: ModelInfo, asked: str = "auto") -> str | None:
 
 
 def detect(
-    info: ModelInfo, *, pooling: str = "auto", embeds_only: bool = False, harmony: bool = False
+    info: ModelInfo,
+    *,
+    pooling: str = "auto",
+    embeds_only: bool = False,
+    harmony: bool = False,
+    extract_final: bool = True,
 ) -> tuple[CapabilityClaim, ...]:
     """One claim for each capability, in the enum's order.
 
@@ -46,12 +51,13 @@ def detect(
         pooling: the worker file's POOLING.
         embeds_only: whether it says MODEL_FORMAT=embedding.
         harmony: whether the model is asked in harmony.
+        extract_final: the worker file's HARMONY_EXTRACT_FINAL.
     """
     generates = info.pooling is None and info.causal and not embeds_only
     claims = {
         Capability.TEXT_GENERATION: _text(info, generates, embeds_only),
         Capability.EMBEDDINGS: _embeddings(info, pooling),
-        Capability.REASONING: _reasoning(info, generates, harmony),
+        Capability.REASONING: _reasoning(info, generates, harmony, extract_final),
         Capability.TOOL_CALLING: _tools(info, generates, harmony),
         Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
     }
@@ -77,9 +83,11 @@ def _embeddings(info: ModelInfo, asked: str) -> tuple[bool, str]:
     return True, f"pooling type {info.pooling}"
 
 
-def _reasoning(info: ModelInfo, generates: bool, harmony: bool) -> tuple[bool, str]:
+def _reasoning(info: ModelInfo, generates: bool, harmony: bool, extract_final: bool) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
+    if harmony and not extract_final:
+        return False, "HARMONY_EXTRACT_FINAL=false: the analysis stays in the text"
     if harmony:
         return True, f"{CHANNEL} is a token of the vocabulary: harmony's analysis channel"
     for mark in (_THINK_MARK, *_OTHER_THINK_MARKS):

@@ -203,7 +203,13 @@ class Worker:
         self.info = info
         harmony = speaks_harmony(asked.model_format, vocabulary=info.special_tokens, chat_template=info.chat_template)
         embeds_only = asked.model_format == "embedding"
-        self.claims = detect(info, pooling=asked.pooling, embeds_only=embeds_only, harmony=harmony)
+        self.claims = detect(
+            info,
+            pooling=asked.pooling,
+            embeds_only=embeds_only,
+            harmony=harmony,
+            extract_final=asked.harmony_extract_final,
+        )
 
     def move(self, state: ModelState, reason: str | None = None) -> None:
         """Goes to another state and says so."""

@@ -127,6 +127,17 @@ async def test_reasoning_is_told_apart_save_in_raw_mode(tmp_path: Path, answer: 
         assert node.sinks["a"].rows[0].reasoning == reasoning
 
 
+async def test_a_repeats_row_keeps_the_calls_of_the_answer(node: Node) -> None:
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"city": "Åre"}'}}]
+    node.service.answered_again(ask(), {"text": "I look.", "tool_calls": calls, "tokens_out": 3})
+    node.service.answered_again(ask(), {"text": "", "tool_calls": calls})
+    node.service.answered_again(ask(), {"text": "plain"})
+    first, second, third = (row.response_text or "" for row in node.sinks["a"].rows)
+    text, _, told = first.partition("\n")
+    assert (text, json.loads(told), json.loads(second), third) == ("I look.", calls, calls, "plain")
+    assert "Åre" in first
+
+
 async def test_without_a_template_only_raw_is_served(tmp_path: Path) -> None:
     put(tmp_path, "a", write_tiny_model(tmp_path / "m.gguf", chat_template=None).read_bytes())
     async with running_node(tmp_path, worker_settings("a")) as node:

@@ -224,7 +224,9 @@ async def test_thinking_can_be_left_out_only_without_tools(client: openai.AsyncO
 
 
 async def test_what_the_files_say_of_themselves(node: Node) -> None:
-    evidence = {name: node.fleet.get(name).claims for name in ("thinks", "calls", "jinja", "mistral", "llama")}
+    evidence = {
+        name: node.fleet.get(name).claims for name in ("thinks", "calls", "verbatim", "jinja", "mistral", "llama")
+    }
     said = {name: {claim.capability.value: claim for claim in claims} for name, claims in evidence.items()}
     for name in ("thinks", "calls"):
         assert "harmony" in said[name]["reasoning"].evidence
@@ -232,6 +234,7 @@ async def test_what_the_files_say_of_themselves(node: Node) -> None:
         assert said[name]["reasoning"].present
         assert said[name]["tool-calling"].present
     assert not said["jinja"]["reasoning"].present
+    assert said["verbatim"]["reasoning"].evidence == "HARMONY_EXTRACT_FINAL=false: the analysis stays in the text"
     assert "[TOOL_CALLS]" in said["mistral"]["tool-calling"].evidence
     assert "<|python_tag|>" in said["llama"]["tool-calling"].evidence
 
