@@ -25,7 +25,7 @@ from openai_harmony import (
 
 TARGET = Path(__file__).resolve().parent.parent / "tests/engine/harmony_reference.json"
 
-FORMAT = {"type": "string", "enum": ["celsius", "fahrenheit"]}
+FORMAT = {"type": "string", "enum": ["celsius", "fahrenheit"], "default": "celsius"}
 TOOLS: list[dict[str, Any]] = [
     {"name": "get_location", "description": "Gets the location of the user."},
     {
