@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from engine.output import TextAssembler
 from engine.tool_calls import HERMES, LLAMA, MISTRAL, ToolCallParser, ToolForm, call_schema, form_of
 from tests.engine.test_output import cuts
 
@@ -108,6 +109,13 @@ LLAMA_JSON = '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
         (LLAMA, '{"age": 3}', ('{"age": 3}', [])),
         (LLAMA, "No call.", ("No call.", [])),
         (LLAMA, " ", (" ", [])),
+        (
+            HERMES,
+            f"Så: <tool_call>{WEATHER_JSON.replace('Oslo', 'Ås')}</tool_call>",
+            ("Så: ", [("get_weather", {"city": "Ås"})]),
+        ),
+        (MISTRAL, '日本[TOOL_CALLS]add[ARGS]{"a": "日本"}', ("日本", [("add", {"a": "日本"})])),
+        (LLAMA, LLAMA_JSON.replace("Oslo", "👩‍🚀"), ("", [("get_weather", {"city": "👩‍🚀"})])),
         (HERMES, f"<tool_call>[{WEATHER_JSON}, {ADD_JSON}]</tool_call>", ("", [WEATHER, ADD])),
         (
             HERMES,
@@ -120,6 +128,11 @@ def test_each_form_cut_anywhere(form: ToolForm, answer: str, expected: tuple[str
     assert parsed(answer, form=form) == expected
     for pieces in cuts(answer):
         assert parsed(*pieces, form=form) == expected, pieces
+    data = answer.encode()
+    for at in range(len(data)):
+        assembler = TextAssembler()
+        texts = [assembler.feed(each)[0] for each in (data[:at], data[at:])]
+        assert parsed(*texts, assembler.finish(), form=form) == expected, at
 
 
 def test_text_before_a_call_is_shown_as_it_comes() -> None:
