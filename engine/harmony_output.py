@@ -65,6 +65,7 @@ class HarmonyParser:
         self._header: _Header | None = _FINAL if final else None
         self._takes_calls, self._verbatim = calls, verbatim
         self._held = ""
+        self._written = ""
         self._body: list[str] = []
         self._fresh = True
         self._said: set[str] = set()
@@ -79,6 +80,8 @@ class HarmonyParser:
 
     def finish(self) -> Parsed:
         """What was held back when the answer ended."""
+        if self.ended:
+            return Parsed("", "")
         return self._sorted(self._rest(), "")
 
     def _sorted(self, parts: Iterator[tuple[str, str] | ToolCall], piece: str) -> Parsed:
@@ -91,15 +94,19 @@ class HarmonyParser:
                 texts[part[0]].append(part[1])
         if self._verbatim:
             # What is still held when the answer has ended is no part of it.
-            n = len(piece) - (len(self._held) if self.ended else 0)
-            return Parsed(piece[:n], "", tuple(calls))
+            self._written += piece
+            n = len(self._written) - len(self._held)
+            shown, self._written = self._written[:n], self._written[n:]
+            return Parsed(shown, "", tuple(calls))
         return Parsed("".join(texts["text"]), "".join(texts["reasoning"]), tuple(calls))
 
     def _steps(self) -> Iterator[tuple[str, str] | ToolCall]:
         while self._held and not self.ended:
             if self._header is None:
-                if not self._read_header():
+                no_header = self._read_header()
+                if no_header is None:
                     return
+                yield from self._content(no_header)
             else:
                 at, mark = self._closer()
                 if not mark:
@@ -115,21 +122,26 @@ class HarmonyParser:
                 self._held = self._held[at + (len(mark) if mark in _ENDS else 0) :]
                 self._header = None
 
-    def _read_header(self) -> bool:
-        """Takes the header off what is held; False while it is not whole. What cannot be one is the answer itself."""
+    def _read_header(self) -> str | None:
+        """Takes the header off what is held; None while it is not whole. What cannot be one is the answer itself: of
+        what is too long for one, the beginning is answered, which may be a mark that would otherwise begin another."""
         at = self._held.find(MESSAGE)
         n = len(self._held) - len(MESSAGE) if at < 0 else at
         lead = self._held.lstrip()
-        if n <= _MAX_HEADER_CHARS and any(lead.startswith(each) or each.startswith(lead) for each in _HEADER_BEGINS):
-            if at < 0:
-                return False
+        no_header = ""
+        if not any(lead.startswith(each) or each.startswith(lead) for each in _HEADER_BEGINS):
+            self._header = _FINAL
+        elif n > _MAX_HEADER_CHARS:
+            self._header = _FINAL
+            no_header, self._held = self._held[:_MAX_HEADER_CHARS], self._held[_MAX_HEADER_CHARS:]
+        elif at < 0:
+            return None
+        else:
             self._header = _Header.parse(self._held[:at])
             self._held = self._held[at + len(MESSAGE) :]
-        else:
-            self._header = _FINAL
         self._body.clear()
         self._fresh = True
-        return True
+        return no_header
 
     def _closer(self) -> tuple[int, str]:
         """Where the message ends, and by which mark; an empty one while it goes on."""
@@ -170,8 +182,6 @@ class HarmonyParser:
 
     def _rest(self) -> Iterator[tuple[str, str] | ToolCall]:
         held, self._held = self._held, ""
-        if self.ended:
-            return
         if self._header is not None:
             yield from self._content(held)
             yield from self._close(self._header)

@@ -77,6 +77,7 @@ SAMPLES: list[tuple[str, Sorted]] = [
     (THOUGHT + AGAIN, ("", "Need the weather.", [])),
     (THOUGHT + AGAIN + "<|channel|>fin", ("", "Need the weather.", [])),
     ("t", ("t", "", [])),
+    ("<|channel|>" + "x" * 600 + "<|message|>y", ("<|channel|>" + "x" * 600 + "<|message|>y", "", [])),
     ("to=" + "x" * 600 + "<|message|>y", ("to=" + "x" * 600 + "<|message|>y", "", [])),
     ("<|channel|>final<|message|>naïve 日本 👩‍🚀", ("naïve 日本 👩‍🚀", "", [])),
     ("", ("", "", [])),
@@ -112,8 +113,10 @@ def test_answers_of_any_messages_cut_at_random() -> None:
         "<",
         "x",
         " to=",
+        "<|start|>" + "h" * 505,
+        " " * 520,
     ]
-    for _ in range(1500):
+    for _ in range(400):
         answer = "".join(chance.choice(parts) for _ in range(chance.randint(1, 7)))
         places = sorted(chance.choices(range(len(answer) + 1), k=5))
         pieces = [answer[i:j] for i, j in zip([0, *places], [*places, len(answer)], strict=True)]
