@@ -28,6 +28,34 @@ def test_an_image_runs_without_root_is_probed_and_builds_the_engine_that_the_pro
     assert set(re.findall(r"\bINFSVC_[A-Z_]+", text)) <= NodeSettings.names
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_an_image_is_built_from_what_is_named_and_keeps_no_more(path: Path) -> None:
+    text = re.sub(r"\\\n\s*", " ", path.read_text())
+    stages, arguments = set(), dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.M))
+    for base, stage in re.findall(r"^FROM (\S+)(?: AS (\w+))?$", text, re.M):
+        _, _, tag = re.sub(r"\$\{(\w+)\}", lambda match: arguments[match[1]], base).partition(":")
+        assert re.match(r"\d+\.\d+", tag), f"{base} is no fixed version"
+        stages.add(stage)
+    assert set(re.findall(r"--from=(\w+)", text)) <= stages
+    for line in re.findall(r"^RUN .*apt-get install.*$", text, re.M):
+        assert "--no-install-recommends" in line
+        assert "rm -rf /var/lib/apt/lists/*" in line
+    for line in re.findall(r"^RUN .*pip (?:install|wheel).*$", text, re.M):
+        assert "--no-cache-dir" in line
+    # Words in lists run without a shell, so that a stop's signal reaches the node itself.
+    for name in ("ENTRYPOINT", "CMD"):
+        (words,) = re.findall(rf"^{name} (\[.*\])$", text, re.M)
+        assert all(isinstance(word, str) for word in yaml.safe_load(words))
+    assert "HEALTHCHECK" in text
+    assert int(re.search(r"useradd --uid (\d+)", text)[1]) > 1000  # type: ignore[index]
+
+
+def test_what_a_checkout_holds_besides_stays_out_of_an_image() -> None:
+    kept_out = (ROOT / ".dockerignore").read_text().split()
+    for name in (".git", ".venv", ".build", "data/logs", "data/nats", "data/run", "dist"):
+        assert name in kept_out, name
+
+
 def test_the_two_nodes_share_a_broker_and_ask_for_a_key() -> None:
     compose: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
     nodes = [service for name, service in compose["services"].items() if name.startswith("node-")]
@@ -40,5 +68,10 @@ def test_the_two_nodes_share_a_broker_and_ask_for_a_key() -> None:
         assert settings["INFSVC_API_KEYS"].startswith("${INFSVC_API_KEYS:?")
         assert settings["INFSVC_NATS_URL"] == "nats://nats:4222"
         assert (ROOT / f"envs/worker.{service['command'][1]}.env").is_file()
+        assert set(service["depends_on"]) <= set(compose["services"])
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert {volume.partition(":")[0] for volume in service["volumes"]} <= set(compose["volumes"])
+    assert all(re.search(r":\d", each["image"]) or "build" in each for each in compose["services"].values())
+    assert "healthcheck" in compose["services"]["nats"]
     assert len({node["environment"]["INFSVC_NODE"] for node in nodes}) == 2
     assert len({node["volumes"][0] for node in nodes}) == 2

@@ -101,6 +101,7 @@ class Streams:
         self._random = random.Random(plan.seed)
         add_worker(
             folder, "demo", DEMO, WORKER_CONCURRENCY=64, CTX_SIZE=512, QUEUE_MAX_MSGS=plan.n_streams * 2,
+            PREFIX_CACHE_MB=8,
         )  # fmt: skip
         self.port = free_port()
         self.environ = node_environ(folder, gateway=f":{self.port}", embedded_nats="auto")
