@@ -96,8 +96,9 @@ logs: $(BIN)/.node ## follow the audit rows of WORKER=name
 list-workers: ## the worker files
 	@ls envs | sed -n 's/^worker\.\(.*\)\.env$$/\1/p'
 
-bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`), the screen's cost, and what NATS adds; about 30 minutes
+bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`), several models at once, the screen's cost, and what NATS adds; about 30 minutes
 	@LLAMA_SERVER=$${LLAMA_SERVER:-$(wildcard .build/llama-server)} $(BIN)/python -m tests.benchmarks.throughput
+	@$(BIN)/python -m tests.benchmarks.load
 	@$(BIN)/python -m tests.benchmarks.screen_cost
 	@$(BIN)/python -m tests.benchmarks.nats_overhead
 

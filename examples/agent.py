@@ -39,6 +39,8 @@ async def least_loaded(url: str, heard_s: float = 1.0) -> dict[str, Any]:
     heard: dict[tuple[str, str], dict[str, Any]] = {}
 
     async def hear(message: Any) -> None:
+        if message.subject.endswith(".health"):
+            return  # a question, ours among them
         document = json.loads(message.data)
         heard[document["node"], document["model_name"]] = document
 

@@ -38,6 +38,7 @@ async def run(node: Node, *command: str) -> str:
     )
     said, _ = await asyncio.wait_for(child.communicate(), 60)
     assert child.returncode == 0, said.decode()
+    assert "Traceback" not in said.decode(), said.decode()
     return said.decode()
 
 
