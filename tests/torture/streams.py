@@ -301,8 +301,10 @@ class Streams:
             outcome.faults.append(f"memory grew from {before['rss']} to {after['rss']} bytes")
         if unexpected := set(outcome.rows) - {"ok", "cancelled"}:
             outcome.faults.append(f"audit rows are {unexpected}")
-        if outcome.rows.get("cancelled", 0) > outcome.n_left:
-            outcome.faults.append(f"{outcome.rows['cancelled']} are cancelled and {outcome.n_left} left")
+        # Who leaves at the very end may find its stream finished.
+        n_cancelled = outcome.rows.get("cancelled", 0)
+        if not 0.8 * outcome.n_left <= n_cancelled <= outcome.n_left:
+            outcome.faults.append(f"{n_cancelled} are cancelled and {outcome.n_left} left")
 
 
 async def _node(told: Path) -> None:
