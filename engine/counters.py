@@ -16,6 +16,8 @@ class EngineCounters:
         n_prefix_refused: prompts whose beginning was known, and could not all be taken over for `prefix_reuse`'s sake.
         n_states_saved, n_states_restored: of the store of states.
         store_bytes: what the store holds now.
+        n_drafted, n_accepted: tokens that were guessed ahead and checked, and those of them that held.
+        speculation: whether tokens are guessed ahead, and why not.
         prefix_reuse: what of an earlier reading this model can go on from.
     """
 
@@ -33,6 +35,9 @@ class EngineCounters:
     n_states_restored: int = 0
     store_bytes: int = 0
     prefix_reuse: str = "off"
+    n_drafted: int = 0
+    n_accepted: int = 0
+    speculation: str = "off"
 
     @property
     def mean_batch_sequences(self) -> float:

@@ -39,8 +39,10 @@ from engine.llama import (
 from engine.logprobs import step_logprobs
 from engine.penalties import Penalties
 from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
+from engine.prompt_lookup import PromptLookup
 from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
+from engine.speculation import MAX_ROWS, MIN_HOLD, Outlook, Speculation
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
@@ -75,6 +77,7 @@ class EngineOptions:
         prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
         swa_full: whether layers with a sliding window keep every cell: more memory (`memory_fit` counts it), and any
             place to branch off at.
+        draft_max: tokens of each sequence that may be guessed ahead in a step, where it pays; 0 for none.
     """
 
     path: Path
@@ -87,6 +90,7 @@ class EngineOptions:
     share_prefixes: bool = True
     prefix_cache_bytes: int = 2**28
     swa_full: bool = True
+    draft_max: int = 0
 
 
 class Engine:
@@ -125,6 +129,7 @@ class Engine:
         self._model: LlamaModel | None = None
         self._context: LlamaContext | None = None
         self._prefixes: PrefixCache
+        self._speculation: Speculation | None = None
         self._may_abort = True
         self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
@@ -239,6 +244,11 @@ class Engine:
                 self.loaded.set_exception(error if known else LoadError(self._died))
                 return
             self._prefixes = self._open_prefixes(context)
+            if self.model.has_recurrence:
+                self.counters.speculation = "off, because a recurrent state cannot be cut"
+            else:
+                self._speculation = Speculation()
+                self.counters.speculation = "on, where it pays" if self.options.draft_max else "off until asked for"
             scheduler = Scheduler(
                 n_slots=self.options.n_slots, n_batch=min(context.n_batch, N_BATCH), prefixes=self._prefixes
             )
@@ -343,7 +353,7 @@ class Engine:
         self._running = tuple(scheduler.running)
         shares = scheduler.schedule()
         if shares:
-            self._decode(context, batch, scheduler, shares)
+            self._decode(context, batch, scheduler, self._look_ahead(shares, batch.n_max))
         self._deliver()
         self._step_began_s = None
 
@@ -385,6 +395,9 @@ class Engine:
             sequence.penalties = Penalties(spec)
             for token in sequence.prompt[-spec.repeat_last_n :]:
                 sequence.penalties.accept(token)
+        if self._speculation is not None and self._draft_max(sequence):
+            n_max = min(sequence.n_ctx, sequence.n_prompt + sequence.max_tokens)
+            sequence.lookup = PromptLookup(sequence.ids, n_max=n_max)
         self._outbox.append(SequenceStarted(sequence, time.perf_counter(), sequence.slot))
 
     def _take_over(self, context: LlamaContext, sequence: Sequence) -> None:
@@ -453,10 +466,53 @@ class Engine:
         self.counters.n_states_saved += 1
         self.counters.store_bytes = prefixes.store.n_bytes
 
+    def _draft_max(self, sequence: Sequence) -> int:
+        return self.options.draft_max if sequence.draft_max is None else sequence.draft_max
+
+    def _look_ahead(self, shares: list[Share], n_batch: int) -> list[Share]:
+        """The same step with guesses behind each sequence's token, where checking them should pay; else `shares`.
+
+        Never beside a prompt: what is read there must not wait longer.
+        """
+        speculation = self._speculation
+        if speculation is None or len(shares) * 2 > MAX_ROWS or shares[-1].sequence.state is not SequenceState.DECODE:
+            return shares
+        sequences = [share.sequence for share in shares]
+        holds = [0.0 if each.lookup is None else each.lookup.hold for each in sequences]
+        if max(holds) < MIN_HOLD:
+            return shares
+        outlooks, n_max = [], n_batch // len(shares) - 1
+        for each, hold in zip(sequences, holds, strict=True):
+            outlooks.append(Outlook(hold, min(self._draft_max(each), each.max_tokens - each.n_drawn - 1)))
+            # What only fills up stands in the context too.
+            n_max = min(n_max, each.n_ctx - each.n_past - 1)
+        n = speculation.choose(outlooks, n_max=n_max)
+        if not n:
+            return shares
+        longer = []
+        for share, each, outlook in zip(shares, sequences, outlooks, strict=True):
+            ahead = [] if each.lookup is None else each.lookup.guess(n)
+            n_checked = min(n, outlook.n_useful) if ahead else 0
+            tokens = [*share.tokens, *(ahead or share.tokens * n)]
+            longer.append(Share(each, tokens, share.start, True, n_ahead=n, n_checked=n_checked))
+        return longer
+
     def _decode(self, context: LlamaContext, batch: Batch, scheduler: Scheduler, shares: list[Share]) -> None:
         batch.clear()
+        reads_only = shares[0].sequence.state is SequenceState.PREFILL  # those who decode come first
+        draws_only = shares[-1].sequence.state is SequenceState.DECODE
+        # llama.cpp evaluates in one go only what stands in neighbouring slots, in their order: out of order, each
+        # sequence costs a step of its own.
+        shares = sorted(shares, key=lambda share: share.sequence.slot)
         positions = [
-            batch.add(share.tokens, start=share.start, slot=share.sequence.slot, draws=share.draws) for share in shares
+            batch.add(
+                share.tokens,
+                start=share.start,
+                slot=share.sequence.slot,
+                draws=share.draws,
+                every=share.n_ahead > 0,
+            )
+            for share in shares
         ]
         begun = time.perf_counter()
         rc = context.decode(batch)
@@ -471,10 +527,12 @@ class Engine:
         counters.n_steps += 1
         now = time.perf_counter()
         prefixes = self._prefixes
-        if shares[0].sequence.state is SequenceState.PREFILL:  # those who decode come first
+        if reads_only:
             prefixes.costs.read(batch.n, now - begun)
+        elif draws_only and self._speculation is not None:
+            self._speculation.took(len(shares), shares[0].n_ahead, now - begun)
         self._snapshots.clear()
-        n_drawing = 0
+        n_drawing = n_drawn = 0
         for share, position in zip(shares, positions, strict=True):
             sequence = share.sequence
             sequence.n_past += len(share.tokens)
@@ -485,8 +543,8 @@ class Engine:
                     self._save(context, sequence.slot)
             if share.draws:
                 n_drawing += 1
-                self._draw(context, scheduler, sequence, position, now)
-        counters.n_decode_tokens += n_drawing
+                n_drawn += self._draw_all(context, scheduler, share, position, now)
+        counters.n_decode_tokens += n_drawn
         counters.n_batch_sequences += n_drawing
         counters.max_batch_sequences = max(counters.max_batch_sequences, n_drawing)
 
@@ -503,6 +561,38 @@ class Engine:
             scheduler.requeue(youngest)
         else:
             self._finish(context, scheduler, youngest, "length")
+
+    def _draw_all(self, context: LlamaContext, scheduler: Scheduler, share: Share, position: int, now: float) -> int:
+        """Draws at the share's known token, and at each guess behind it for as long as what was drawn was the guess.
+        Returns how many were drawn.
+
+        Every token is drawn by the sequence's own sampler from the logits behind the tokens before it, in order, with
+        the penalties, the constraint and the random numbers that it would have met one step at a time. So the guesses
+        change neither a greedy answer nor the distribution of a drawn one, and a seed gives the same text.
+        """
+        sequence, slot, n_ahead = share.sequence, share.sequence.slot, share.n_ahead
+        end = share.start + len(share.tokens) - n_ahead
+        sequence.n_drafted += share.n_checked
+        self.counters.n_drafted += share.n_checked
+        n_held = 0
+        while True:
+            sequence.n_past = end + n_held
+            self._draw(context, scheduler, sequence, position - n_ahead + n_held, now)
+            if sequence.state is SequenceState.FINISHED or n_held == share.n_checked:
+                break
+            if sequence.last_token != share.tokens[n_held - n_ahead]:
+                break
+            n_held += 1
+            sequence.n_accepted += 1
+            self.counters.n_accepted += 1
+        if n_ahead:
+            # The end of a sequence may have emptied its slot already.
+            prefixes = self._prefixes
+            if prefixes.n_held(slot) > end + n_held:
+                if not context.cut(slot, end + n_held):
+                    raise LlamaError(f"the guesses in slot {slot} cannot be taken back")
+                prefixes.cut(slot, end + n_held)
+        return n_held + 1
 
     def _draw(self, context: LlamaContext, scheduler: Scheduler, sequence: Sequence, position: int, now: float) -> None:
         """Samples one token and ends the sequence where it ends."""
@@ -535,6 +625,8 @@ class Engine:
                 return
         if sequence.penalties is not None:
             sequence.penalties.accept(token)
+        if sequence.lookup is not None:
+            sequence.lookup.append(token)
         sequence.state = SequenceState.DECODE
         sequence.last_token = token
         sequence.n_drawn += 1
@@ -574,9 +666,7 @@ class Engine:
         self.counters.n_finished += 1
         self.counters.n_cancelled += reason == "cancelled"
         rest = sequence.assembler.finish() if reason != "error" else ""
-        self._outbox.append(
-            SequenceFinished(sequence, time.perf_counter(), rest, reason, error, n_cached=sequence.n_cached)
-        )
+        self._outbox.append(SequenceFinished(sequence, time.perf_counter(), rest, reason, error, *sequence.counts))
 
     def _end_all(self, scheduler: Scheduler | None) -> None:
         """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half
@@ -605,7 +695,7 @@ class Engine:
         sequence.state, sequence.slot = SequenceState.FINISHED, -1
         rest = sequence.assembler.finish() if self._died is None else ""
         reason = "cancelled" if self._died is None else "error"
-        return SequenceFinished(sequence, time.perf_counter(), rest, reason, self._died, n_cached=sequence.n_cached)
+        return SequenceFinished(sequence, time.perf_counter(), rest, reason, self._died, *sequence.counts)
 
     def _deliver(self) -> None:
         if self._outbox:

@@ -382,6 +382,7 @@ class Fleet:
                 flash_attention=build.flash_attention,
                 share_prefixes=worker.settings.prefix_cache_mb > 0,
                 prefix_cache_bytes=cache_bytes,
+                draft_max=worker.settings.draft_max,
             ),
             loop,
             on_progress=on_progress,

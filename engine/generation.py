@@ -36,6 +36,16 @@ class Chunk:
     logprobs: tuple[StepLogprobs, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
 
+    def __add__(self, more: Chunk) -> Chunk:
+        """Both as one, at this one's index."""
+        return Chunk(
+            self.index,
+            self.text + more.text,
+            self.reasoning + more.reasoning,
+            self.logprobs + more.logprobs,
+            self.tool_calls + more.tool_calls,
+        )
+
 
 class Generation:
     """A request that runs, or waits for a slot. Read it with `async for` (one reader) or `result()`."""
@@ -75,6 +85,7 @@ class Generation:
         self._reasoning: list[str] = []
         self._chunks: deque[Chunk] = deque()
         self._n_chunks = 0
+        self._chunk_s: float | None = None
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -166,7 +177,7 @@ class Generation:
                 self._on_token()
                 if event.logprobs is not None:
                     self.logprobs.append(event.logprobs)
-                self._show(self._parser.feed(event.text))
+                self._show(self._parser.feed(event.text), step_s=event.at_s)
                 if self._parser.ended:
                     self.cancel()
             case SequenceFinished():
@@ -177,7 +188,7 @@ class Generation:
                 self._show(self._parser.finish(), last=True)
                 self._end(event, "stop" if complete else event.reason)
 
-    def _show(self, parsed: Parsed, *, last: bool = False) -> None:
+    def _show(self, parsed: Parsed, *, last: bool = False, step_s: float | None = None) -> None:
         text = parsed.text
         calls = list(parsed.calls)
         if self._calls is not None:
@@ -192,12 +203,19 @@ class Generation:
             self.tool_calls += calls
             logprobs = tuple(self.logprobs[self._n_logprobs_shown :])
             self._n_logprobs_shown = len(self.logprobs)
-            self._chunks.append(Chunk(self._n_chunks, text, parsed.reasoning, logprobs, tuple(calls)))
-            self._n_chunks += 1
+            chunk = Chunk(self._n_chunks, text, parsed.reasoning, logprobs, tuple(calls))
+            if step_s is not None and step_s == self._chunk_s and self._chunks:
+                # One step drew several tokens: their events come in one go, and nobody has read between them.
+                chunk = self._chunks.pop() + chunk
+            else:
+                self._n_chunks += 1
+            self._chunk_s = step_s
+            self._chunks.append(chunk)
 
     def _end(self, event: SequenceFinished, reason: str) -> None:
         self.error = event.error
         self.tokens_cached = event.n_cached
+        guessed = event.n_drafted > 0
         duration = round(self.duration_ms)
         called = bool(self.tool_calls) and reason == "stop"
         self.reply = CompletionReply(
@@ -207,6 +225,8 @@ class Generation:
             tokens_in=self.tokens_in,
             tokens_out=self.tokens_out,
             tokens_cached=self.tokens_cached,
+            tokens_drafted=event.n_drafted if guessed else None,
+            tokens_accepted=event.n_accepted if guessed else None,
             tool_calls=[call.wire() for call in self.tool_calls] or None,
             finish_reason=cast(FinishReason, "tool_calls" if called else reason),
             duration_ms=duration,

@@ -22,12 +22,18 @@ N_BATCH = 512
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A sequence's part of one batch: `tokens` at positions from `start`; `draws` when its last token yields logits."""
+    """A sequence's part of one batch: `tokens` at positions from `start`; `draws` when its last token yields logits.
+
+    The last `n_ahead` tokens are guessed and yield logits too; `n_checked` of them are compared with what is drawn, the
+    others fill up.
+    """
 
     sequence: Sequence
     tokens: list[int]
     start: int
     draws: bool
+    n_ahead: int = 0
+    n_checked: int = 0
 
 
 class Scheduler:

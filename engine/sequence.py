@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engine.constraint import Matcher
     from engine.logprobs import StepLogprobs
     from engine.prefix_cache import Plan
+    from engine.prompt_lookup import PromptLookup
 
 _arrivals = itertools.count()
 
@@ -47,10 +48,13 @@ class Sequence:
         priority: a higher one is admitted earlier.
         n_logprobs: how many of the likeliest tokens are told with each drawn one (0-20); None tells no log-probability.
         constraint: what the answer must match; it then ends where that ends.
+        draft_max: tokens that may be guessed ahead in a step; None for what the engine's options say.
         ids: the prompt as an array, for comparing.
         n_cached: tokens of the prompt that were taken over from an earlier reading.
         leader: a sequence that is reading what this one begins with; it is waited for until it has read `fork` tokens.
         marks: positions at which a batch of this prompt must end, because the state there is kept.
+        lookup: guesses what comes next, where that was asked for.
+        n_drafted, n_accepted: tokens that were guessed and checked, and those of them that held.
     """
 
     prompt: list[int]
@@ -65,6 +69,7 @@ class Sequence:
     priority: int = 0
     n_logprobs: int | None = None
     constraint: Matcher | None = None
+    draft_max: int | None = None
 
     cancelled: bool = False
     state: SequenceState = SequenceState.WAITING
@@ -77,6 +82,9 @@ class Sequence:
     fork: int = 0
     plan: Plan | None = None
     marks: list[int] = field(default_factory=list)
+    lookup: PromptLookup | None = None
+    n_drafted: int = 0
+    n_accepted: int = 0
     arrival: int = field(default_factory=lambda: next(_arrivals))
     submitted_s: float = field(default_factory=time.perf_counter)
     assembler: TextAssembler = field(init=False)
@@ -92,6 +100,11 @@ class Sequence:
     @property
     def n_prompt(self) -> int:
         return len(self.prompt)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """What its last event tells: `n_cached`, `n_drafted`, `n_accepted`."""
+        return self.n_cached, self.n_drafted, self.n_accepted
 
     @property
     def order(self) -> tuple[int, int]:
@@ -126,9 +139,11 @@ class TokenEmitted(SequenceEvent):
 @dataclass(frozen=True, slots=True)
 class SequenceFinished(SequenceEvent):
     """The last event. `text` is what was still held back; `error` says why for `reason` "error"; `n_cached` tokens of
-    the prompt had been read before."""
+    the prompt had been read before; of `n_drafted` tokens that were guessed `n_accepted` held."""
 
     text: str
     reason: str
     error: str | None = None
     n_cached: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0

@@ -301,6 +301,7 @@ class InferenceService:
                 priority=request.priority,
                 n_logprobs=request.n_logprobs,
                 constraint=constraint,
+                draft_max=params.draft_max,
             )
             generation.attach(sequence)
             worker.requests[_free_key(worker, request.req_id)] = generation

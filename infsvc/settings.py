@@ -151,6 +151,9 @@ class WorkerSettings(BaseSettings):
     prefix_cache_mb: Annotated[int, Field(ge=0, le=2**20)] = 256
     """RAM for what prompts had in common and no slot holds any more, in MiB; never more than a quarter of what the load
     leaves free. 0 reads every prompt from its first token."""
+    draft_max: Annotated[int, Field(ge=0, le=15)] = 0
+    """Tokens that are guessed ahead from what the text repeats and checked in one step, at most and only where it is
+    faster; 15 suits extracts, rewrites and JSON. 0 never guesses. A request's `draft_max` goes before it."""
     queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
     """Requests that may wait, over HTTP and NATS together; one more is refused with `queue_full`."""
     queue_max_age: Seconds = 86400.0

@@ -85,6 +85,7 @@ class Params(Wire):
     ignore_eos: bool = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+    draft_max: Annotated[int, Field(ge=0, le=15)] | None = None
 
     @field_validator("logit_bias", mode="before")
     @classmethod
@@ -173,7 +174,8 @@ class CompletionChunk(Wire):
 
 
 class CompletionReply(Wire):
-    """The native reply. `ms` is `duration_ms` under its older name."""
+    """The native reply. `ms` is `duration_ms` under its older name. `tokens_drafted` were guessed ahead, and of these
+    `tokens_accepted` held; both are missing where nothing was guessed."""
 
     req_id: str
     text: str
@@ -182,6 +184,8 @@ class CompletionReply(Wire):
     tokens_in: int
     tokens_out: int
     tokens_cached: int = 0
+    tokens_drafted: int | None = None
+    tokens_accepted: int | None = None
     finish_reason: FinishReason
     duration_ms: int
     ms: int

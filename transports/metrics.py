@@ -90,10 +90,19 @@ class _Models(Collector):
         yield _gauge("infsvc_batch_size", "Sequences that drew a token in one decode, on average since the load", {
             each: each.counters.mean_batch_sequences for each in loaded
         })  # fmt: skip
+        speculation = GaugeMetricFamily(
+            "infsvc_speculation", "1 for whether tokens are guessed ahead, and why not", labels=["model", "state"]
+        )
+        for worker in loaded:
+            if worker.engine is not None:
+                speculation.add_metric([worker.name, worker.counters.speculation], 1)
+        yield speculation
         for name, told, figure in (
             ("infsvc_n_decode", "Batches decoded since the load", "n_steps"),
             ("infsvc_prefill_tokens", "Prompt tokens read since the load", "n_prefill_tokens"),
             ("infsvc_prefix_cached_tokens", "Prompt tokens that were not read again since the load", "n_cached_tokens"),
+            ("infsvc_draft_tokens", "Tokens guessed ahead and checked since the load", "n_drafted"),
+            ("infsvc_draft_accepted_tokens", "Guessed tokens that held since the load", "n_accepted"),
         ):
             counter = CounterMetricFamily(name, told, labels=["model"])
             for worker in loaded:
