@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, WithJsonSchema, field_validator
 
+from infsvc.errors import shown
 from infsvc.types import Wire
 
 MAX_TEXTS = 2048
@@ -15,6 +16,12 @@ EmbeddingInput = str | list[str] | list[list[int]]
 """A text, several, or several lists of token ids."""
 
 
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+_MANY = Field(min_length=1, max_length=MAX_TEXTS)
+_INPUT_SCHEMA = TypeAdapter(_Text | Annotated[list[_Text], _MANY] | _Ids | Annotated[list[_Ids], _MANY]).json_schema()
+
+
 class EmbeddingBody(Wire):
     """The request. `req_id`, `trace_id`, `priority` and `reply_to` are this project's; `user`, `metadata` and `store`
     change nothing."""
@@ -22,7 +29,7 @@ class EmbeddingBody(Wire):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    input: Any
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: Any = None
@@ -46,7 +53,7 @@ class EmbeddingBody(Wire):
         if not value:
             raise ValueError("an empty list has nothing to embed")
         if all(_is_id(item) for item in value):
-            return [_ids(value, "it")]
+            return [_ids(value, "the list")]
         if len(value) > MAX_TEXTS:
             raise ValueError(f"{len(value)} texts; one request may have {MAX_TEXTS}")
         if all(isinstance(item, str) for item in value):
@@ -73,8 +80,8 @@ def _ids(value: list[Any], what: str) -> list[int]:
     for item in value:
         if not _is_id(item):
             raise ValueError(f"{what} holds {_kind(item)} among its token ids")
-        if item < 0:
-            raise ValueError(f"{what} holds the token id {item}")
+        if not 0 <= item < 2**31:
+            raise ValueError(f"{what} holds the token id {shown(str(item))}, and ids go from 0 to {2**31 - 1}")
     return value
 
 

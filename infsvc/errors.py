@@ -65,6 +65,15 @@ def human_bytes(n_bytes: float) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+_SHOWN_CHARACTERS = 120
+
+
+def shown(text: str) -> str:
+    """Client text as it may stand in an error: short, and without what a terminal or UTF-8 would stumble over."""
+    clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return clean if len(clean) <= _SHOWN_CHARACTERS else clean[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 class InfsvcError(Exception):
     """The root. `str(error)` is a sentence that says what, where and what to do."""
 
@@ -269,7 +278,7 @@ class UnknownModel(RequestError):
 
     def __init__(self, model: str, known: list[str]) -> None:
         self.model = model
-        super().__init__(f"no model {model!r}; there are: {', '.join(known) or 'none'}", param="model")
+        super().__init__(f"no model {shown(model)!r}; there are: {', '.join(known) or 'none'}", param="model")
 
 
 class UnknownRequest(RequestError):
@@ -284,7 +293,8 @@ class UnknownGrammar(RequestError):
     def __init__(self, name: str) -> None:
         self.name = name
         super().__init__(
-            f"no grammar {name!r} is stored: GET /grammars lists them; a text with ::= is taken as a grammar itself"
+            f"no grammar {shown(name)!r} is stored: GET /grammars lists them; "
+            "a text with ::= is taken as a grammar itself"
         )
 
 
@@ -370,7 +380,8 @@ class Conflict(RequestError):
     def __init__(self, req_id: str) -> None:
         self.req_id = req_id
         super().__init__(
-            f"req_id {req_id} belongs to another request of the last minutes, with another body: use a new req_id",
+            f"req_id {shown(req_id)} belongs to another request of the last minutes, with another body: "
+            "use a new req_id",
             param="req_id",
         )
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
-from infsvc.errors import BadRequest, Unsupported
+from infsvc.errors import BadRequest, Unsupported, shown
 from infsvc.types import Message, Params, ReasoningEffort, Wire
 
 INERT = frozenset(
@@ -46,6 +46,30 @@ class Function(Wire):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class TextPart(Wire):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class SentMessage(Wire):
+    """A message as clients send it, for the API's description: what `Message` is made from.
+
+    Attributes:
+        content: null only beside an assistant's tool calls.
+        reasoning: the same as `reasoning_content`.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class Tool(Wire):
@@ -112,10 +136,20 @@ class ChatRequest(_Request):
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
 
-    @field_validator("messages", mode="before")
+    @field_validator(
+        "messages", mode="before",
+        json_schema_input_type=Annotated[list[SentMessage], Field(min_length=1, max_length=2048)],
+    )  # fmt: skip
     @classmethod
     def _messages(cls, value: Any) -> Any:
         return tuple(_message(each) for each in value) if isinstance(value, list) else value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _choice(cls, value: Any) -> Any:
+        if not isinstance(value, dict) and value not in ("none", "auto", "required"):
+            raise ValueError('none, auto, required, or {"type": "function", "function": {"name": one of the tools}}')
+        return value
 
     @property
     def think(self) -> bool | None:
@@ -151,12 +185,30 @@ class ChatRequest(_Request):
         return found
 
 
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+_MANY = Field(min_length=1, max_length=64)
+
+
 class TextRequest(_Request):
     """`POST /v1/completions` with a `prompt`: a text, token ids, or a list of either."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
+
+    @field_validator(
+        "prompt", mode="before",
+        json_schema_input_type=_Text | Annotated[list[_Text], _MANY] | _Ids | Annotated[list[_Ids], _MANY],
+    )  # fmt: skip
+    @classmethod
+    def _one_kind(cls, value: Any) -> Any:
+        lists = value if isinstance(value, list) else [value]
+        texts = all(isinstance(each, str) for each in lists)
+        ids = isinstance(value, list) and (_are_ids(value) or all(_are_ids(each) for each in value))
+        if not texts and not ids:
+            raise ValueError("a text, token ids (whole numbers from 0), or a list of either")
+        return value
 
     @property
     def prompts(self) -> list[str | tuple[int, ...]]:
@@ -170,6 +222,10 @@ class TextRequest(_Request):
         if len(asked) * self.n > 64:
             raise BadRequest(f"{len(asked)} prompts with n {self.n}: at most 64 answers a request", param="prompt")
         return asked
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**31 for each in value)
 
 
 def _message(value: Any) -> Any:
@@ -187,8 +243,12 @@ def _message(value: Any) -> Any:
         texts = []
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-                raise Unsupported(f"messages.content.{kind}", "only text parts are")
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and kind != "text":
+                    raise Unsupported(f"messages.content.{shown(kind)}", "only text parts are")
+                raise BadRequest(
+                    'messages.content: a text, or a list of {"type": "text", "text": …}', param="messages.content"
+                )
             texts.append(part["text"])
         message["content"] = "".join(texts)
     if message.get("role") == "assistant" and "content" not in message:

@@ -16,6 +16,9 @@ from pydantic_core import PydanticCustomError
 MAX_BODY_BYTES = 8 * 2**20
 """The largest request body, over HTTP and NATS."""
 
+MAX_TRACE_CHARACTERS = 200
+"""Of a trace id, in a body or a header."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 ReasoningEffort = Literal["low", "medium", "high"]
@@ -63,6 +66,10 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
 class Params(Wire):
     """How to sample. Meanings, order and defaults are llama.cpp's, where the contract names no other default."""
 
@@ -78,23 +85,22 @@ class Params(Wire):
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
-    logit_bias: Annotated[
-        dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]], Field(max_length=1024)
-    ] = {}
+    logit_bias: Annotated[dict[int, _Bias], Field(max_length=1024)] = {}
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     draft_max: Annotated[int, Field(ge=0, le=15)] | None = None
 
-    @field_validator("logit_bias", mode="before")
+    @field_validator("logit_bias", mode="before", json_schema_input_type=dict[str, _Bias] | None)
     @classmethod
     def _ids(cls, value: Any) -> Any:
         """JSON's keys are texts, and clients send null for none."""
         if not isinstance(value, dict):
             return {} if value is None else value
         ids = {
-            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key: value[key] for key in value
+            int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10 else key: value[key]
+            for key in value
         }
         if len(ids) < len(value):
             raise ValueError("a token id that is named twice")
@@ -105,7 +111,9 @@ class Params(Wire):
         """Whether a grammar or a schema says what the answer looks like."""
         return self.grammar is not None or self.json_schema is not None
 
-    @field_validator("stop", mode="before")
+    @field_validator(
+        "stop", mode="before", json_schema_input_type=_Stop | Annotated[list[_Stop], Field(max_length=16)] | None
+    )
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         if isinstance(value, list):
@@ -139,7 +147,7 @@ class CompletionRequest(Wire):
 
     messages: tuple[Message, ...] = ()
     req_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    trace_id: Annotated[str, Field(max_length=200)] | None = None
+    trace_id: Annotated[str, Field(max_length=MAX_TRACE_CHARACTERS)] | None = None
     model: str | None = None
     input: Annotated[str, Field(min_length=1)] | None = Field(default=None, validate_default=True)
     params: Params = Params()
@@ -163,6 +171,14 @@ class CompletionRequest(Wire):
         if value is not None and messages:
             raise PydanticCustomError("both", "give input or messages, not both")
         return value
+
+
+class CancelRequest(Wire):
+    """What `inference.cancel` takes."""
+
+    model_config = ConfigDict(strict=True)
+
+    req_id: Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class CompletionChunk(Wire):

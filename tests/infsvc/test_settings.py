@@ -140,52 +140,84 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "key"),
+    ("text", "line", "key", "says"),
     [
-        ("CTX_SIZE=1\nCTX_SIZ=2\n", 2, "CTX_SIZ"),
-        ("# one\n\n\nCTX_SIZ=2\n", 4, "CTX_SIZ"),
-        ("\n\nCTX_SIZE=many\n", 3, "CTX_SIZE"),
-        ("CTX_SIZE=-1\n", 1, "CTX_SIZE"),
-        ("CTX_SIZE=99999999\n", 1, "CTX_SIZE"),
-        ("WORKER_CONCURRENCY=0\n", 1, "WORKER_CONCURRENCY"),
-        ("PREFIX_CACHE_MB=-1\n", 1, "PREFIX_CACHE_MB"),
-        ("DRAFT_MAX=16\n", 1, "DRAFT_MAX"),
-        ("WORKER_CONCURRENCY=65\n", 1, "WORKER_CONCURRENCY"),
-        ("WORKER_CONCURRENCY=1.5\n", 1, "WORKER_CONCURRENCY"),
-        ("MODEL_FORMAT=chatml\n", 1, "MODEL_FORMAT"),
-        ("POOLING=max\n", 1, "POOLING"),
-        ("GPU_LAYERS=some\n", 1, "GPU_LAYERS"),
-        ("GPU_LAYERS=-1\n", 1, "GPU_LAYERS"),
-        ("MODEL_SHA256=abc\n", 1, "MODEL_SHA256"),
-        ("MODEL_URL=example.com/model.gguf\n", 1, "MODEL_URL"),
-        ("MODEL_URL=http://example.com/model.gguf\n", 1, "MODEL_URL"),
-        ("MODEL_URL=file:///etc/passwd\n", 1, "MODEL_URL"),
-        ("\nMODEL_REPO=owner/name\n", 2, "MODEL_REPO"),
-        ("MODEL_FILE=model.gguf\n", 1, "MODEL_FILE"),
-        ("MODEL_NAME=a b\n", 1, "MODEL_NAME"),
-        ("MODEL_NAME=../evil\n", 1, "MODEL_NAME"),
-        ("MODEL_NAME=" + "x" * 65 + "\n", 1, "MODEL_NAME"),
-        ("HTTP_ADDR=5770\n", 1, "HTTP_ADDR"),
-        ("HTTP_ADDR=:port\n", 1, "HTTP_ADDR"),
-        ("HTTP_ADDR=:70000\n", 1, "HTTP_ADDR"),
-        ("ACK_WAIT=soon\n", 1, "ACK_WAIT"),
-        ("ACK_WAIT=0s\n", 1, "ACK_WAIT"),
-        ("ACK_WAIT=" + "9" * 400 + "\n", 1, "ACK_WAIT"),
-        ("QUEUE_MAX_MSGS=0\n", 1, "QUEUE_MAX_MSGS"),
-        ("BACKPRESSURE_THRESHOLD=0\n", 1, "BACKPRESSURE_THRESHOLD"),
-        ("HARMONY_EXTRACT_FINAL=perhaps\n", 1, "HARMONY_EXTRACT_FINAL"),
-        ("HARMONY_REASONING_LEVEL=most\n", 1, "HARMONY_REASONING_LEVEL"),
-        ("NATS_URL=nats://elsewhere:4222\n", 1, "NATS_URL"),
-        ("CTX_SIZE\n", 1, "CTX_SIZE"),
+        ("CTX_SIZE=1\nCTX_SIZ=2\n", 2, "CTX_SIZ", "unknown key"),
+        ("# one\n\n\nCTX_SIZ=2\n", 4, "CTX_SIZ", "unknown key"),
+        ("\n\nCTX_SIZE=many\n", 3, "CTX_SIZE", "Input should be a valid integer, unable to parse string as an integer"),
+        ("CTX_SIZE=-1\n", 1, "CTX_SIZE", "Input should be greater than or equal to 0"),
+        ("CTX_SIZE=99999999\n", 1, "CTX_SIZE", "Input should be less than or equal to 16777216"),
+        ("WORKER_CONCURRENCY=0\n", 1, "WORKER_CONCURRENCY", "Input should be greater than or equal to 1"),
+        ("PREFIX_CACHE_MB=-1\n", 1, "PREFIX_CACHE_MB", "Input should be greater than or equal to 0"),
+        ("DRAFT_MAX=16\n", 1, "DRAFT_MAX", "Input should be less than or equal to 15"),
+        ("WORKER_CONCURRENCY=65\n", 1, "WORKER_CONCURRENCY", "Input should be less than or equal to 64"),
+        (
+            "WORKER_CONCURRENCY=1.5\n",
+            1,
+            "WORKER_CONCURRENCY",
+            "Input should be a valid integer, unable to parse string as an integer",
+        ),
+        ("MODEL_FORMAT=chatml\n", 1, "MODEL_FORMAT", "Input should be 'auto', 'template', 'harmony' or 'embedding'"),
+        ("POOLING=max\n", 1, "POOLING", "Input should be 'auto', 'mean', 'cls' or 'last'"),
+        ("GPU_LAYERS=some\n", 1, "GPU_LAYERS", "Input should be a valid integer, unable to parse string as an integer"),
+        ("GPU_LAYERS=-1\n", 1, "GPU_LAYERS", "Input should be greater than or equal to 0"),
+        ("MODEL_SHA256=abc\n", 1, "MODEL_SHA256", "String should match pattern '^([0-9a-fA-F]{64})?$'"),
+        (
+            "MODEL_URL=example.com/model.gguf\n",
+            1,
+            "MODEL_URL",
+            "an address that begins with https:// (http:// on this machine only)",
+        ),
+        (
+            "MODEL_URL=http://example.com/model.gguf\n",
+            1,
+            "MODEL_URL",
+            "an address that begins with https:// (http:// on this machine only)",
+        ),
+        (
+            "MODEL_URL=file:///etc/passwd\n",
+            1,
+            "MODEL_URL",
+            "an address that begins with https:// (http:// on this machine only)",
+        ),
+        ("\nMODEL_REPO=owner/name\n", 2, "MODEL_REPO", "MODEL_REPO and MODEL_FILE go together"),
+        ("MODEL_FILE=model.gguf\n", 1, "MODEL_FILE", "MODEL_REPO and MODEL_FILE go together"),
+        ("MODEL_NAME=a b\n", 1, "MODEL_NAME", "letters, digits, dots, dashes and underscores, at most 64"),
+        ("MODEL_NAME=../evil\n", 1, "MODEL_NAME", "letters, digits, dots, dashes and underscores, at most 64"),
+        ("MODEL_NAME=" + "x" * 65 + "\n", 1, "MODEL_NAME", "letters, digits, dots, dashes and underscores, at most 64"),
+        ("HTTP_ADDR=5770\n", 1, "HTTP_ADDR", "host:port or :port"),
+        ("HTTP_ADDR=:port\n", 1, "HTTP_ADDR", "host:port or :port"),
+        ("HTTP_ADDR=:70000\n", 1, "HTTP_ADDR", "host:port or :port"),
+        ("ACK_WAIT=soon\n", 1, "ACK_WAIT", "a duration such as 10s, 10m or 24h"),
+        ("ACK_WAIT=0s\n", 1, "ACK_WAIT", "Input should be greater than 0"),
+        ("ACK_WAIT=" + "9" * 400 + "\n", 1, "ACK_WAIT", "Input should be a finite number"),
+        ("QUEUE_MAX_MSGS=0\n", 1, "QUEUE_MAX_MSGS", "Input should be greater than or equal to 1"),
+        ("BACKPRESSURE_THRESHOLD=0\n", 1, "BACKPRESSURE_THRESHOLD", "Input should be greater than or equal to 1"),
+        (
+            "HARMONY_EXTRACT_FINAL=perhaps\n",
+            1,
+            "HARMONY_EXTRACT_FINAL",
+            "Input should be a valid boolean, unable to interpret input",
+        ),
+        ("HARMONY_REASONING_LEVEL=most\n", 1, "HARMONY_REASONING_LEVEL", "Input should be 'low', 'medium' or 'high'"),
+        (
+            "NATS_URL=nats://elsewhere:4222\n",
+            1,
+            "NATS_URL",
+            "the node talks to one broker, nats://127.0.0.1:5700 (INFSVC_NATS_URL); this names nats://elsewhere:4222",
+        ),
+        ("CTX_SIZE\n", 1, "CTX_SIZE", "not KEY=value"),
     ],
 )
-def test_a_wrong_word_names_file_line_and_key(write: Write, text: str, line: int, key: str) -> None:
+def test_a_wrong_word_names_file_line_and_key(write: Write, text: str, line: int, key: str, says: str) -> None:
     path = write(text)
     with pytest.raises(ConfigError) as caught:
         load(path)
     error = caught.value
     assert (error.file, error.line, error.key) == (str(path), line, key)
-    assert str(error).startswith(f"{path}:{line}: {key}: ")
+    value = text.strip().splitlines()[-1].partition("=")[2]
+    told = str(error).removeprefix(f"{path}:{line}: {key}: ")
+    assert told in (says, f"{says} (got {value!r})")
 
 
 def test_a_line_that_is_none_names_file_and_line(write: Write) -> None:

@@ -19,11 +19,20 @@ from starlette.responses import Response
 from engine.model_source import describe
 from engine.worker import Worker
 from infsvc.audit import AuditStatus
-from infsvc.errors import BadRequest, ConfigError, LoadError, NotFound, StartError, UnknownModel, UnknownRequest
+from infsvc.errors import (
+    BadRequest,
+    ConfigError,
+    LoadError,
+    NotFound,
+    StartError,
+    UnknownModel,
+    UnknownRequest,
+    shown,
+)
 from infsvc.events import Subscription
 from infsvc.roster import iso, uptime_ns
 from infsvc.types import ModelState
-from transports.http.body import query, read_object, shown
+from transports.http.body import no_fields, query, read_object
 from transports.http.refusals import CannotLoad, Json
 from transports.http.streams import EventStream, beside, comment, data
 from transports.metrics import CONTENT_TYPE
@@ -185,7 +194,7 @@ class Admin:
     async def pull(self, request: Request) -> Json:
         """`POST /api/models/<m>/pull`: begins to fetch the model's missing file; progress is on `/api/events`."""
         query(request)
-        await _no_fields(request)
+        await no_fields(request)
         try:
             worker = await self._node.pull(request.path_params["model"])
         except LoadError as error:
@@ -205,6 +214,7 @@ class Admin:
     async def unload(self, request: Request) -> Json:
         """`POST /api/models/<m>/unload`: answers when the memory is free."""
         query(request)
+        await no_fields(request)
         worker = self._node.fleet.get(request.path_params["model"])
         subscription = self._node.events.subscribe()
         unload = asyncio.create_task(self._node.unload(worker.name), name=f"unload-{worker.name}")
@@ -233,12 +243,6 @@ class Admin:
             quiet=comment("quiet"),
             quiet_s=QUIET_S,
         )
-
-
-async def _no_fields(request: Request) -> None:
-    """Refuses a body with fields in it; none at all is welcome."""
-    for key in await read_object(request) if await request.body() else ():
-        raise BadRequest(f"{shown(key)}: there is no such field", param=shown(key))
 
 
 async def _until_free(worker: Worker, subscription: Subscription) -> None:

@@ -5,6 +5,8 @@ A model's own port and the gateway serve the same routes; the gateway picks the 
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,10 +20,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infsvc import __version__
-from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError
+from infsvc.errors import BadRequest, ClientGone, NotFound, RequestError, shown
 from transports.http import dashboard
 from transports.http.admin import Admin
-from transports.http.body import query, shown
+from transports.http.body import query
 from transports.http.choice import ModelChoice
 from transports.http.dead_letters import DeadLetterRoutes
 from transports.http.elsewhere import fleet_wide, node_header
@@ -31,7 +33,7 @@ from transports.http.guards import ApiKeys, BodyLimit, LoopbackGuard
 from transports.http.health import Health
 from transports.http.native import Completions
 from transports.http.openai import OpenAI
-from transports.http.refusals import Internal, Json, WrongMethod, answer
+from transports.http.refusals import Internal, Json, Ready, WrongMethod, answer, dumps
 
 if TYPE_CHECKING:
     from transports.node import Node
@@ -57,6 +59,20 @@ def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGI
     embeddings = Embeddings(node, choice)
     durable = DeadLetterRoutes(node)
     grammars = GrammarRoutes(node)
+
+    @functools.cache
+    def description() -> bytes:
+        # Here, because its types cost more than a start should.
+        from transports.http.openapi import describe
+
+        own = (route for route in app.routes if isinstance(route, Route))
+        return dumps(describe(own, model=model, keyed=bool(keys)))
+
+    async def described(request: Request) -> Ready:
+        """`GET /openapi.json`: this description."""
+        query(request)
+        return Ready(await asyncio.to_thread(description))
+
     routes = [
         Route("/v1/completions", fleet_wide(node, completions.create), methods=["POST"]),
         Route("/v1/chat/completions", fleet_wide(node, openai.chat), methods=["POST"]),
@@ -83,6 +99,7 @@ def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGI
         Route("/api/models/{model}/pull", admin.pull, methods=["POST"]),
         Route("/api/models/{model}/file", admin.remove_file, methods=["DELETE"]),
     ]
+    routes.append(Route("/openapi.json", described))
     table = [
         f"{method} {route.path_format}" for route in routes for method in sorted((route.methods or set()) - {"HEAD"})
     ]

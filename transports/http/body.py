@@ -5,86 +5,42 @@ Each complaint is a `BadRequest` in one sentence that says where: those who read
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
-from typing import Any, NoReturn
+from typing import Any
 
-from pydantic import ValidationError
 from starlette.requests import Request
 
-from infsvc.errors import BadRequest
+from infsvc.errors import BadRequest, shown
+from infsvc.wire_input import parse_object
+from transports.http.refusals import WrongMediaType
 
-_SHOWN_CHARACTERS = 120
+_TYPES = frozenset({"application/json", "text/plain", "text/json", "application/x-www-form-urlencoded"})
+"""What a JSON body may call itself: its own name, and what curl's `-d` and a browser's `fetch` say of themselves."""
 
 
 async def read_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
-        BadRequest: compressed, empty, not UTF-8, not JSON (with line and column), or not an object.
+        WrongMediaType: its Content-Type says that it is no JSON.
+        BadRequest: compressed, or as `wire_input.parse_object`.
         TooLarge: from the body limit, while it is read.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise BadRequest(f"Content-Encoding {shown(encoding)} is not supported: send the body as it is")
+    kind, _, rest = request.headers.get("content-type", "").partition(";")
+    kind = kind.strip().lower()
+    charset = rest.lower().partition("charset=")[2].partition(";")[0].strip(" \"'")
+    if (kind and kind not in _TYPES and not kind.endswith("+json")) or charset not in ("", "utf-8", "utf8", "us-ascii"):
+        raise WrongMediaType(request.headers["content-type"])
     return parse_object(await request.body())
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Bytes to a JSON object; see `read_object`. A key that comes twice counts with its last value."""
-    if not data.strip():
-        raise BadRequest("the body is empty: send a JSON object")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"the body is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}") from None
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise BadRequest("the body is nested too deeply") from None
-    except ValueError:
-        # An integer of thousands of digits, which Python refuses to convert.
-        raise BadRequest("the body holds a number with too many digits") from None
-    if not isinstance(value, dict):
-        raise BadRequest(f"the body is a JSON {_kind(value)}: send an object")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise BadRequest(f"the body is not JSON: {name} is no JSON number")
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case str():
-            return "string"
-        case list():
-            return "array"
-        case _:
-            return "number"
-
-
-def bad_request(error: ValidationError) -> BadRequest:
-    """The first complaint of pydantic as one sentence, its dotted path as `param`."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    path = shown(".".join(str(part) for part in first["loc"]))
-    if first["type"] == "extra_forbidden":
-        message = "there is no such field"
-    else:
-        message = str(first["msg"]).removeprefix("Value error, ")
-    return BadRequest(f"{path}: {message}" if path else message, param=path or None)
-
-
-def shown(text: str) -> str:
-    """Client text as it may stand in an error: short, and without what a terminal or UTF-8 would stumble over."""
-    clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-    return clean if len(clean) <= _SHOWN_CHARACTERS else clean[: _SHOWN_CHARACTERS - 1] + "…"
+async def no_fields(request: Request) -> None:
+    """Refuses a body with fields in it; none at all is welcome."""
+    for key in await read_object(request) if await request.body() else ():
+        raise BadRequest(f"{shown(key)}: there is no such field", param=shown(key))
 
 
 def query(request: Request, known: Set[str] = frozenset()) -> dict[str, str]:

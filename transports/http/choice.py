@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from infsvc.errors import BadRequest, ModelNotLoaded, UnknownModel
+from infsvc.errors import BadRequest, ModelNotLoaded, UnknownModel, shown
 from infsvc.types import ModelState, ServiceDocument
-from transports.http.body import shown
 
 if TYPE_CHECKING:
     from transports.node import Node

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request
 
 from infsvc.errors import BadRequest
-from transports.http.body import query
+from transports.http.body import no_fields, query
 from transports.http.refusals import Json
 
 if TYPE_CHECKING:
@@ -33,18 +33,18 @@ class DeadLetterRoutes:
         self._node = node
 
     async def queues(self, request: Request) -> Json:
-        """`GET /api/queue`."""
+        """`GET /api/queue`: each model's durable queue, or why requests are not kept."""
         query(request)
         return Json({"queues": await self._node.queue_desk.overview()})
 
     async def purge(self, request: Request) -> Json:
-        """`DELETE /api/queue/<m>`."""
+        """`DELETE /api/queue/<m>`: removes what waits in a model's queue; each caller is told."""
         query(request)
         model = request.path_params["model"]
         return Json({"model": model, "removed": await self._node.queue_desk.purge(model)})
 
     async def letters(self, request: Request) -> Json:
-        """`GET /api/dead`; the next page begins behind the last id."""
+        """`GET /api/dead`: dead letters, oldest first; the next page begins behind the last id."""
         asked = query(request, {"model", "after", "limit"})
         model = asked.get("model")
         if model is not None:
@@ -57,13 +57,14 @@ class DeadLetterRoutes:
         return Json({"dead": [letter.wire() for letter in letters], "total": await self._node.durable.dead.count()})
 
     async def replay(self, request: Request) -> Json:
-        """`POST /api/dead/<id>/replay`."""
+        """`POST /api/dead/<id>/replay`: puts a dead letter back into its queue."""
         query(request)
+        await no_fields(request)
         letter = await self._node.durable.dead.replay(_id(request))
         return Json({"id": letter.id, "model": letter.model, "req_id": letter.req_id, "replayed": True})
 
     async def delete(self, request: Request) -> Json:
-        """`DELETE /api/dead/<id>`."""
+        """`DELETE /api/dead/<id>`: forgets a dead letter."""
         query(request)
         number = _id(request)
         await self._node.durable.dead.delete(number)

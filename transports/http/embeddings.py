@@ -14,7 +14,8 @@ from starlette.requests import Request
 from engine.embedding import EmbeddingRequest, EmbeddingResult
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, ClientGone, Unsupported
-from transports.http.body import bad_request, query, read_object
+from infsvc.wire_input import complaint
+from transports.http.body import query, read_object
 from transports.http.choice import ModelChoice
 from transports.http.native import trace_header
 from transports.http.refusals import Ready, dumps, req_id_header
@@ -65,4 +66,4 @@ def _validated(body: dict[str, Any]) -> EmbeddingBody:
     try:
         return EmbeddingBody.model_validate(body)
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise complaint(error) from None

@@ -6,13 +6,14 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, field_validator
 from starlette.requests import Request
 
 from infsvc.errors import BadRequest, ConstraintError
 from infsvc.types import Wire
+from infsvc.wire_input import complaint
 from storage.grammars import StoredGrammar, check_text, checked
-from transports.http.body import bad_request, query, read_object
+from transports.http.body import query, read_object
 from transports.http.refusals import Json
 
 if TYPE_CHECKING:
@@ -32,6 +33,13 @@ class GrammarBody(Wire):
     description: str = ""
     content: str | dict[str, Any]
     kind: Literal["gbnf", "json_schema"] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_or_object(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            raise ValueError("a text (GBNF, or a JSON Schema), or a JSON Schema as an object")
+        return value
 
     def stored(self, name: str) -> StoredGrammar:
         """As it will be kept. Raises `BadRequest`."""
@@ -104,7 +112,7 @@ def _validated(body: dict[str, Any]) -> GrammarBody:
     try:
         return GrammarBody.model_validate(body)
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise complaint(error) from None
 
 
 async def _check(grammar: StoredGrammar) -> None:

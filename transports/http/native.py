@@ -17,8 +17,10 @@ from starlette.responses import Response
 from engine.generation import Generation
 from engine.service import InferenceRequest
 from infsvc.errors import BadRequest, ClientGone, RequestError, Unsupported
-from infsvc.types import CompletionChunk, CompletionRequest
-from transports.http.body import bad_request, query, read_object
+from infsvc.openai_types import INERT
+from infsvc.types import MAX_TRACE_CHARACTERS, CompletionChunk, CompletionRequest
+from infsvc.wire_input import complaint
+from transports.http.body import query, read_object
 from transports.http.refusals import Internal, Json, req_id_header
 from transports.http.streams import EventStream, comment, data, present
 
@@ -33,7 +35,6 @@ QUIET_S = 10.0
 """After how long without an event a stream says that it still waits."""
 
 TRACE_HEADER = "X-Trace-ID"
-_TRACE_CHARACTERS = 200
 _REQ_ID_CHARACTERS = 200
 
 
@@ -112,16 +113,16 @@ def _validated(body: dict[str, Any]) -> CompletionRequest:
     if "reply_to" in body:
         raise Unsupported("reply_to", "over HTTP the response is the answer; over NATS a copy goes there")
     try:
-        return CompletionRequest.model_validate(body)
+        return CompletionRequest.model_validate({key: value for key, value in body.items() if key not in INERT})
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise complaint(error) from None
 
 
 def trace_header(request: Request) -> str | None:
     """The trace id that the header names; raises `BadRequest` for one that is too long."""
     header = request.headers.get(TRACE_HEADER)
-    if header is not None and len(header) > _TRACE_CHARACTERS:
+    if header is not None and len(header) > MAX_TRACE_CHARACTERS:
         raise BadRequest(
-            f"{TRACE_HEADER} has {len(header)} characters: {_TRACE_CHARACTERS} are allowed", param=TRACE_HEADER
+            f"{TRACE_HEADER} has {len(header)} characters: {MAX_TRACE_CHARACTERS} are allowed", param=TRACE_HEADER
         )
     return header or None

@@ -26,7 +26,8 @@ from engine.tool_calls import call_schema
 from infsvc.errors import BadRequest, ClientGone, RequestError, UnknownModel, Unsupported
 from infsvc.openai_types import UNBOUNDED, ChatRequest, TextRequest, split
 from infsvc.types import CompletionReply, ModelState, Params, new_req_id
-from transports.http.body import bad_request, query, read_object
+from infsvc.wire_input import complaint
+from transports.http.body import query, read_object
 from transports.http.choice import ModelChoice
 from transports.http.native import QUIET_S, trace_header
 from transports.http.refusals import Internal, Json
@@ -68,7 +69,7 @@ class OpenAI:
         return Json({"object": "list", "data": list(listed.values())})
 
     async def one_model(self, request: Request) -> Json:
-        """`GET /v1/models/<m>`."""
+        """`GET /v1/models/<m>`: one model, loaded or not."""
         query(request)
         name = request.path_params["model"]
         if self._choice.model not in (None, name):
@@ -107,7 +108,7 @@ class OpenAI:
         }
 
     async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """`POST /v1/chat/completions`: OpenAI's chat completion, whole or as a stream."""
         query(request)
         own, sampling = split(await read_object(request), max_tokens=UNBOUNDED)
         asked = _validated(ChatRequest, own)
@@ -209,14 +210,14 @@ def _validated(shape: type[Shape], own: dict[str, Any]) -> Shape:
     try:
         return shape.model_validate(own)
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise complaint(error) from None
 
 
 def _params(sampling: dict[str, Any]) -> Params:
     try:
         return Params.model_validate(sampling)
     except ValidationError as error:
-        raise bad_request(error) from None
+        raise complaint(error) from None
 
 
 def _choices(base: InferenceRequest, n: int, *, begin: int = 0) -> list[InferenceRequest]:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from starlette.responses import Response
 
-from infsvc.errors import MethodNotAllowed, RequestError
+from infsvc.errors import MethodNotAllowed, RequestError, shown
 
 
 class Unauthorized(RequestError):
@@ -49,6 +49,19 @@ class WrongMethod(MethodNotAllowed):
     @property
     def headers(self) -> dict[str, str]:
         return {"Allow": ", ".join(self.allowed)}
+
+
+class WrongMediaType(RequestError):
+    """415: a body that says of itself that it is no JSON, or no UTF-8."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+    def __init__(self, content_type: str) -> None:
+        super().__init__(
+            f"Content-Type {shown(content_type)} is not served: send JSON in UTF-8 as application/json",
+            param="Content-Type",
+        )
 
 
 class Internal(RequestError):

@@ -11,7 +11,8 @@ from engine.embedding import EmbeddingRequest
 from engine.service import InferenceService
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest
-from transports.nats.messages import check_address, complaint
+from infsvc.wire_input import complaint
+from transports.nats.messages import check_address
 
 
 def validate_embedding(body: dict[str, Any], *, model: str, has_reply: bool) -> EmbeddingBody:

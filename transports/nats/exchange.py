@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -24,7 +25,7 @@ from engine.worker import Worker
 from infsvc import subjects
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, DeadlineExceeded, RequestError
-from infsvc.types import CompletionChunk, CompletionRequest
+from infsvc.types import MAX_TRACE_CHARACTERS, CompletionChunk, CompletionRequest
 from transports.nats.bus import Bus, bounded
 from transports.nats.embedding import embed, validate_embedding
 from transports.nats.jetstream import Kept
@@ -117,13 +118,22 @@ class Exchange:
             if is_answerable(subject):
                 self.targets.append(subject)
 
-    def check_deadline(self) -> None:
-        """Raises `DeadlineExceeded` when nobody waits any more, `BadRequest` when the header is no time."""
+    def check_headers(self) -> None:
+        """Raises `DeadlineExceeded` when nobody waits any more, `BadRequest` for a header that is no time or too long a
+        trace id."""
+        trace_id = self.headers.get(subjects.TRACE_HEADER, "")
+        if len(trace_id) > MAX_TRACE_CHARACTERS:
+            raise BadRequest(
+                f"{subjects.TRACE_HEADER} has {len(trace_id)} characters: {MAX_TRACE_CHARACTERS} are allowed",
+                param=subjects.TRACE_HEADER,
+            )
         text = self.headers.get(subjects.DEADLINE_HEADER)
         if text is None:
             return
         try:
             late_s = time.time() - float(text)
+            if not math.isfinite(late_s):
+                raise ValueError
         except ValueError:
             raise BadRequest(
                 f"the header {subjects.DEADLINE_HEADER} is not a number of seconds since the epoch",

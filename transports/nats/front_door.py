@@ -38,12 +38,12 @@ from engine.fleet import Fleet
 from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import BadRequest, Draining, EngineFailed, ModelNotLoaded, QueueFull, RequestError
+from infsvc.errors import Draining, EngineFailed, ModelNotLoaded, QueueFull, RequestError
 from infsvc.types import ModelState
 from transports.nats.bus import Bus, bounded
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchange, Exchanges
-from transports.nats.messages import encode, named, read_object
+from transports.nats.messages import encode, read_object, validate_cancel
 from transports.nats.queue_desk import QueueDesk
 from transports.nats.subscriptions import Handler, ModelSubscriptions
 
@@ -189,7 +189,7 @@ class FrontDoor:
             return None  # it lies there for this node, another one or the next start
         if leaving:
             raise Draining("the node is shutting down")
-        exchange.check_deadline()
+        exchange.check_headers()
         if await self._is_direct(exchange):
             return await self._exchanges.compute(exchange)
         await self._durable.put(exchange)
@@ -221,9 +221,7 @@ class FrontDoor:
     async def _cancel(self, message: Msg) -> None:
         """Every node hears it; only the request's owner answers, or who takes it out of the queue."""
         try:
-            req_id = named(read_object(message.data), "req_id")
-            if req_id is None:
-                raise BadRequest("req_id is missing", param="req_id")
+            req_id = validate_cancel(read_object(message.data)).req_id
         except RequestError as error:
             answer = error.native(None)
         else:

@@ -11,14 +11,12 @@ import re
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from infsvc.embedding_types import EmbeddingBody
-from infsvc.errors import BadRequest, RequestError, TooLarge
-from infsvc.types import MAX_BODY_BYTES, CompletionRequest
-
-INERT = frozenset({"user", "metadata", "store"})
-"""Fields that change nothing and pass."""
+from infsvc.errors import BadRequest, RequestError, TooLarge, shown
+from infsvc.openai_types import INERT
+from infsvc.types import MAX_BODY_BYTES, CancelRequest, CompletionRequest
+from infsvc.wire_input import complaint, parse_object
 
 _MAX_SUBJECT = 255
 _TOKEN = re.compile(r"[^\s.*>\x00-\x1f\x7f]+")
@@ -41,18 +39,7 @@ def read_object(data: bytes) -> dict[str, Any]:
     """The JSON object in a message, or `BadRequest`, `TooLarge`."""
     if len(data) > MAX_BODY_BYTES:
         raise TooLarge(MAX_BODY_BYTES)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"the message is not UTF-8: {error.reason} at byte {error.start}") from None
-    try:
-        # Not json.loads: that answers deep nesting with a RecursionError and takes NaN.
-        body = from_json(text, allow_inf_nan=False)
-    except ValueError as error:
-        raise BadRequest(f"the message is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest("the message is JSON, but not an object")
-    return body
+    return parse_object(data, what="message")
 
 
 def named(body: dict[str, Any], key: str) -> str | None:
@@ -79,18 +66,20 @@ def validate(body: dict[str, Any], *, model: str, has_reply: bool) -> Completion
     return request
 
 
-def complaint(error: ValidationError) -> BadRequest:
-    """The first thing that pydantic found wrong, with its field."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return BadRequest(f"{param}: {message}" if param else message, param=param or None)
+def validate_cancel(body: dict[str, Any]) -> CancelRequest:
+    """The request on `inference.cancel`. Raises `BadRequest`."""
+    try:
+        return CancelRequest.model_validate(body)
+    except ValidationError as error:
+        raise complaint(error) from None
 
 
 def check_address(request: CompletionRequest | EmbeddingBody, *, model: str, has_reply: bool) -> None:
     """Refuses a request that names another model, or a `reply_to` where no answer can go; see `validate`."""
     if request.model is not None and request.model != model:
-        raise BadRequest(f"this subject belongs to {model}, and the message names {request.model}", param="model")
+        raise BadRequest(
+            f"this subject belongs to {model}, and the message names {shown(request.model)}", param="model"
+        )
     if request.reply_to is not None:
         if not is_answerable(request.reply_to):
             raise BadRequest(

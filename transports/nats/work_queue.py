@@ -252,7 +252,7 @@ class WorkQueue:
             # A number of the stream is the same at each delivery.
             exchange.req_id = exchange.headers.get(subjects.REQ_ID_HEADER) or f"{self.worker.name}-{taken.seq}"
         try:
-            exchange.check_deadline()
+            exchange.check_headers()
             claim = await self._claim(taken)
         except RequestError as error:
             self._service.refused(exchange.inference(queued=True), error)

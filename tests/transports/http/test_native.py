@@ -149,8 +149,10 @@ async def test_a_refusal_carries_the_bodys_req_id(port: httpx2.AsyncClient) -> N
     assert (response.json()["req_id"], response.headers["x-req-id"]) == ("mine", "mine")
 
 
-async def test_a_key_that_comes_twice_and_a_priority_are_accepted(port: httpx2.AsyncClient) -> None:
-    assert (await post(port, b'{"input": "x", "input": "y", "priority": 5}')).status_code == 200
+async def test_a_key_that_comes_twice_is_refused_and_a_priority_accepted(port: httpx2.AsyncClient) -> None:
+    assert (await post(port, b'{"input": "x", "priority": 5}')).status_code == 200
+    refused = await post(port, b'{"input": "x", "input": "y"}')
+    assert (refused.status_code, refused.json()["param"]) == (400, "input")
 
 
 async def test_a_compressed_body_and_a_query_are_refused(port: httpx2.AsyncClient) -> None:

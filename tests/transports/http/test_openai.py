@@ -195,7 +195,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
     [
         (CHAT, {}, 400, "bad_request", "messages", "Field required"),
         (CHAT, {"messages": []}, 400, "bad_request", "messages", "at least 1"),
-        (CHAT, {"messages": "hi"}, 400, "bad_request", "messages", "tuple"),
+        (CHAT, {"messages": "hi"}, 400, "bad_request", "messages", "list"),
         (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "bad_request", "messages.0.role", "'system'"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "bad_request", "messages.0.content", "required"),
         (
