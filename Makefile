@@ -102,8 +102,9 @@ bench: $(BIN)/.dev ## measure: beside llama-server (built by `make llama-server`
 	@$(BIN)/python -m tests.benchmarks.screen_cost
 	@$(BIN)/python -m tests.benchmarks.nats_overhead
 
-torture: $(BIN)/.dev ## kill nodes and broker 30 times under 2,500 requests (some minutes); SEED=n
+torture: $(BIN)/.dev ## kill nodes and broker 30 times under 2,500 requests, then with a cluster of three (some minutes each); SEED=n
 	@$(BIN)/python -m tests.torture.nats --seed $(or $(SEED),1) --requests 2000 --kills 30
+	@$(BIN)/python -m tests.torture.nats --seed $(or $(SEED),1) --requests 2000 --kills 30 --cluster
 
 llama-server: $(BIN)/.venv ## build llama-server, the peer of `make bench`, from the same source package (6 minutes)
 	@PYTHON=$(BIN)/python bash tools/build_llama_server.sh $(LLAMA_VERSION) "$(ARGS_$(GPU))" $(CURDIR)/.build/llama-server

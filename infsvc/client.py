@@ -21,11 +21,12 @@ from typing import Any, Protocol, Self
 from pydantic import ValidationError
 
 from infsvc.errors import BadRequest, ClientError, ConfigError, RequestError, Unreachable, rebuilt
+from infsvc.nats_login import PARAMETERS, NatsLogin
 from infsvc.roster import least_loaded
 from infsvc.types import Capability, CompletionChunk, CompletionReply, HealthDocument, ServiceDocument, new_req_id
 
 TIMEOUT_S = 120.0
-_SCHEMES = {"nats": "nats", "tls": "nats", "ws": "nats", "wss": "nats", "http": "http", "https": "http"}
+_SCHEMES = {"nats": "nats", "tls": "nats", "http": "http", "https": "http"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +91,14 @@ class Client:
             gateway or a model's own port. User and password, or a token, may stand in a NATS URL.
         timeout_s: how long a method waits for its answer, a stream for its next piece.
         api_key: for HTTP nodes that ask for one.
-        ca_file: a certificate to trust for https.
-        credentials: a NATS .creds file.
+        ca_file: a file of certificates to trust for https and tls.
+        credentials: a NATS `.creds` file.
+        nkey_file: a file with the nkey seed of a NATS user.
+        user, password, token: a NATS login outside the URL.
+        cert_file, key_file: what a NATS broker is shown that asks for a certificate.
 
     Raises:
-        ConfigError: the URL has no scheme that is known.
+        ConfigError: the URL has no scheme that is known, or the login makes no sense.
     """
 
     def __init__(
@@ -105,28 +109,54 @@ class Client:
         api_key: str | None = None,
         ca_file: str | None = None,
         credentials: str | None = None,
+        nkey_file: str | None = None,
+        user: str | None = None,
+        password: str | None = None,
+        token: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
     ) -> None:
         kind = _SCHEMES.get(url.partition("://")[0])
         if kind is None:
             raise ConfigError("not nats://host:port or http://host:port", key="url")
+        login = {
+            "creds": credentials,
+            "nkey": nkey_file,
+            "user": user,
+            "password": password,
+            "token": token,
+            "cert": cert_file,
+            "key": key_file,
+        }
+        fields = {name: value for name, value in login.items() if value}
         self.url = url
         self.timeout_s = timeout_s
         self._kind = kind
-        self._options: dict[str, Any] = (
-            {"credentials": credentials} if kind == "nats" else {"api_key": api_key, "ca_file": ca_file}
-        )
+        self._api_key, self._ca_file = api_key, ca_file
+        self._login: NatsLogin | None = None
+        if kind == "nats":
+            self._login = NatsLogin.of(url, names=PARAMETERS, **fields, ca=ca_file or "")
+        elif fields:
+            raise ConfigError("is for a NATS broker, and the URL is a node's", key=PARAMETERS[next(iter(fields))])
         self._opened: Link | None = None
+
+    @classmethod
+    def over(cls, login: NatsLogin, *, timeout_s: float = TIMEOUT_S) -> Self:
+        """A client of a broker whose login was built elsewhere."""
+        client = cls(login.shown, timeout_s=timeout_s)
+        client._login = login
+        return client
 
     async def __aenter__(self) -> Self:
         link: Link
-        if self._kind == "nats":
+        if self._login is not None:
             from infsvc.nats_link import NatsLink
 
-            link = NatsLink(self.url, **self._options)
+            link = NatsLink(self._login)
         else:
             from infsvc.http_link import HttpLink
 
-            link = HttpLink(self.url, **self._options)
+            link = HttpLink(self.url, api_key=self._api_key, ca_file=self._ca_file)
         await link.open()
         self._opened = link
         return self

@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
@@ -31,7 +30,6 @@ from infsvc import subjects
 from infsvc.client import Ask, read_answer
 from infsvc.errors import (
     ClientError,
-    ConfigError,
     ModelNotLoaded,
     NoAnswer,
     RequestError,
@@ -41,17 +39,22 @@ from infsvc.errors import (
     Unreachable,
     rebuilt,
 )
+from infsvc.nats_login import NatsLogin
 from infsvc.roster import Roster, roomiest
 from infsvc.types import Capability, HealthDocument, ServiceDocument
 from infsvc.watch import Watch
 
 CONNECT_S = 5.0
-ACK_S = 10.0
-"""How long the broker may take to confirm a durable request."""
+ACK_S = 15.0
+"""How long the broker may take to confirm a durable request; a cluster that lost a server needs up to 10 s."""
 
 ASK_AGAIN_S = 15.0
 """How long a durable answer is waited for before it is asked for again."""
 
+_TRY_S = 3.0
+_LEADERLESS_S = 0.25
+_MOVE_S = 5.0
+"""How long a node may take from a server of a cluster that died to another one."""
 _CLOSE_S = 1.0
 _TURNS = 5
 """How many turns the loop is given at the end: it is the loop that closes a stream left by `break`."""
@@ -66,22 +69,10 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 class NatsLink:
     """One connection, which comes back by itself when it is lost."""
 
-    def __init__(self, url: str, *, credentials: str | None, roster: Roster | None = None) -> None:
-        self._servers = [one if "//" in one else f"nats://{one}" for one in map(str.strip, url.split(",")) if one]
-        self._shown = ",".join(re.sub(r"//.*@", "//", one) for one in self._servers)
-        self._options: dict[str, Any] = {"user_credentials": credentials} if credentials else {}
-        if len(self._servers) == 1:
-            # nats-py takes these from a URL without decoding them.
-            try:
-                first = urlsplit(self._servers[0])
-                _ = first.port
-            except ValueError:
-                raise ConfigError("not nats://host:port", key="url") from None
-            if first.username and first.password:
-                self._options |= {"user": unquote(first.username), "password": unquote(first.password)}
-            elif first.username:
-                self._options |= {"token": unquote(first.username)}
-        self._nc = Connection()
+    def __init__(self, login: NatsLogin, *, roster: Roster | None = None) -> None:
+        self._login, self._shown = login, login.shown
+        self._nc = login.client()
+        self._reconnected = asyncio.Event()
         self._roster = Roster() if roster is None else roster
         self._watch: Watch | None = None
         self._routes: set[_Route] = set()
@@ -97,10 +88,11 @@ class NatsLink:
         return self._nc
 
     async def open(self) -> None:
-        """Connects. Raises `Unreachable` when no broker answers within `CONNECT_S`."""
-
+        """Connects. Raises `Unreachable` when no broker answers within `CONNECT_S`, `ConfigError` for a file of the
+        login that is of no use."""
+        options = self._login.options()
         failed = asyncio.Event()
-        n_left = len(self._servers)
+        n_left = len(self._login.servers)
 
         async def note(error: Exception) -> None:
             nonlocal n_left
@@ -111,13 +103,14 @@ class NatsLink:
 
         connecting = asyncio.ensure_future(
             self._nc.connect(
-                self._servers,
+                list(self._login.servers),
                 name="infsvc client",
                 error_cb=note,
+                reconnected_cb=self._came_back,
                 connect_timeout=2,
                 reconnect_time_wait=1,
                 max_reconnect_attempts=-1,
-                **self._options,
+                **options,
             )
         )
         # nats-py tries for ever; here one failure of each server is the answer.
@@ -137,7 +130,7 @@ class NatsLink:
             raise error
         told = self._last_error or error or TimeoutError("no answer")
         raise Unreachable(
-            f"no broker answers at {self._shown}: {str(told) or type(told).__name__}; "
+            f"no broker answers at {self._shown}: {self._login.sentence(told)}; "
             "a running node starts one, or name yours"
         )
 
@@ -172,9 +165,7 @@ class NatsLink:
             subject = await route.next()
             while True:
                 try:
-                    message = await self._nc.request(
-                        subject, _bytes(ask.body), timeout=ask.timeout_s, headers=_headers(ask)
-                    )
+                    message = await self._reply(ask, subject)
                 except NoRespondersError:
                     subject = await route.next()
                     continue
@@ -187,6 +178,36 @@ class NatsLink:
                 except (NatsError, OSError) as error:
                     raise self._broken(error) from None
                 return _answer(message, subject)
+
+    async def _reply(self, ask: Ask, subject: str) -> Msg:
+        """The reply to a request. One that is named is asked again after a connection that was lost, as the answer may
+        have been lost with it: whoever has answered a `req_id` gives the same answer."""
+        until_s = time.monotonic() + ask.timeout_s
+        if not ask.is_named:
+            return await self._reply_within(ask, subject, ask.timeout_s)
+        asked: set[asyncio.Task[Msg]] = set()
+        try:
+            while True:
+                back = asyncio.create_task(self._reconnected.wait())
+                asked.add(asyncio.create_task(self._reply_within(ask, subject, until_s - time.monotonic())))
+                while not back.done():
+                    await asyncio.wait({*asked, back}, return_when=asyncio.FIRST_COMPLETED)
+                    for task in [task for task in asked if task.done()]:
+                        if task.exception() is None or len(asked) == 1:
+                            return task.result()
+                        asked.discard(task)  # it says nothing while another is out
+        finally:
+            back.cancel()
+            for task in asked:
+                task.cancel()
+
+    async def _reply_within(self, ask: Ask, subject: str, timeout_s: float) -> Msg:
+        data, headers = _bytes(ask.body), _headers(ask)
+        return await self._nc.request(subject, data, timeout=max(0.001, timeout_s), headers=headers)
+
+    async def _came_back(self) -> None:
+        self._reconnected.set()
+        self._reconnected = asyncio.Event()
 
     async def stream(self, ask: Ask) -> AsyncGenerator[dict[str, Any], None]:
         inbox = self._nc.new_inbox()
@@ -274,10 +295,8 @@ class NatsLink:
         subject = await self._queue(model)
         headers = {subjects.MSG_ID_HEADER: subjects.msg_id(model, ask.req_id)}
         try:
-            message = await self._nc.request(
-                subject, _bytes(_durable(ask.body)), timeout=min(ACK_S, ask.timeout_s), headers=headers
-            )
-            if _acknowledged(message, model, subject):
+            message, again = await self._receipt(subject, ask, headers)
+            if _acknowledged(message, model, subject) and not again:
                 self._repeated.add(ask.req_id)
         except BaseException as error:
             self._forget_job(ask.req_id)
@@ -296,6 +315,35 @@ class NatsLink:
             if isinstance(error, NatsError | OSError):
                 raise self._broken(error) from None
             raise
+
+    async def _receipt(self, subject: str, ask: Ask, headers: dict[str, str]) -> tuple[Msg, bool]:
+        """The broker's receipt for a durable request, and whether it took more than one try: of a cluster, a server may
+        have gone with it, or the queue be without a leader. The id makes a second try harmless."""
+        until_s = time.monotonic() + min(ACK_S, ask.timeout_s)
+        again = False
+        while True:
+            left_s = until_s - time.monotonic()
+            try:
+                data = _bytes(_durable(ask.body))
+                timeout_s = max(0.001, min(left_s, _TRY_S))
+                return await self._nc.request(subject, data, timeout=timeout_s, headers=dict(headers)), again
+            except NatsTimeout:
+                if time.monotonic() >= until_s:
+                    raise
+            except NoRespondersError:
+                if left_s <= 0 or not await self._has_jetstream():
+                    raise
+                await asyncio.sleep(_LEADERLESS_S)
+            again = True
+
+    async def _has_jetstream(self) -> bool:
+        try:
+            await self._nc.request("$JS.API.INFO", timeout=_TRY_S)
+        except NoRespondersError:
+            return False
+        except NatsTimeout:
+            pass
+        return True
 
     async def result(self, ask: Ask) -> dict[str, Any]:
         """Waits on where the answer goes, and asks for it again from time to time: a node gives a known answer again,
@@ -401,8 +449,11 @@ class NatsLink:
         embedding = found is not None and found.nats_topic.startswith("embedding.")
         return subjects.queue(model, embedding=embedding)
 
-    async def _elsewhere(self, ask: Ask, subject: str, *, embedding: bool) -> str:
-        """Another subject where the model is found when nobody listens on the usual one; raises when it is nowhere."""
+    async def _elsewhere(self, ask: Ask, subject: str, since_s: float, *, embedding: bool) -> str:
+        """Another subject where the model is found when nobody listens on the usual one; raises when it is nowhere.
+
+        A node that lost its server of a cluster is back at another one soon: the subject is the same then.
+        """
         if ask.model is None:
             raise Unreachable(f"nobody answers on {subject}: is its model loaded?")
         found = await self._find(ask.model)
@@ -410,6 +461,10 @@ class NatsLink:
         fits = found is not None and not (embedding and Capability.TEXT_GENERATION in found.capabilities)
         if fits and found is not None and found.status != "offline" and found.nats_topic not in ("", subject):
             return found.nats_topic
+        moves = len(self._nc.servers) > 1 and time.monotonic() - since_s < min(_MOVE_S, ask.timeout_s)
+        if moves and found is not None and found.status == "online":
+            await asyncio.sleep(_LEADERLESS_S)
+            return subject
         raise await self._nobody(ask.model)
 
     async def _nobody(self, model: str) -> RequestError:
@@ -455,7 +510,7 @@ class NatsLink:
     def _broken(self, error: Exception) -> ClientError | RequestError:
         if isinstance(error, MaxPayloadError):
             return TooLarge(self._nc.max_payload)
-        return Unreachable(f"the broker at {self._shown} failed: {str(error) or type(error).__name__}")
+        return Unreachable(f"the broker at {self._shown} failed: {self._login.sentence(error)}")
 
 
 class _Route:
@@ -470,6 +525,7 @@ class _Route:
     def __init__(self, link: NatsLink, ask: Ask, *, embedding: bool) -> None:
         self._link, self._ask, self._embedding = link, ask, embedding
         self._tried = 0
+        self._since_s = time.monotonic()
         self._last = ""
         self.target: tuple[str, str, str] | None = None
         self.sent_s = 0.0
@@ -489,10 +545,8 @@ class _Route:
             self._tried += 1
         if self._tried == 2:
             self._last = await link._subject(ask, embedding=self._embedding)
-        elif self._tried == 3:
-            self._last = await link._elsewhere(ask, self._last, embedding=self._embedding)
         else:
-            raise await link._nobody(ask.model or self._last)
+            self._last = await link._elsewhere(ask, self._last, self._since_s, embedding=self._embedding)
         return self._last
 
 

@@ -6,6 +6,7 @@ import asyncio
 from typing import Literal
 
 from infsvc.errors import InfsvcError
+from infsvc.nats_login import NatsLogin
 from infsvc.roster import Roster
 
 _RETRY_S = 2.0
@@ -22,9 +23,8 @@ class Onlooker:
         state: of the connection; `reason` says why it is down.
     """
 
-    def __init__(self, url: str, *, credentials: str | None = None) -> None:
-        self.url = url
-        self._credentials = credentials
+    def __init__(self, login: NatsLogin | str) -> None:
+        self._login = NatsLogin.of(login) if isinstance(login, str) else login
         self.roster = Roster()
         self.state: State = "connecting"
         self.reason = ""
@@ -34,7 +34,7 @@ class Onlooker:
         from infsvc.nats_link import NatsLink
 
         while True:
-            link = NatsLink(self.url, credentials=self._credentials, roster=self.roster)
+            link = NatsLink(self._login, roster=self.roster)
             try:
                 await link.open()
                 self.state, self.reason = "connected", ""

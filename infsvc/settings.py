@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSourc
 from infsvc import subjects
 from infsvc.errors import ConfigError
 from infsvc.home import Home
+from infsvc.nats_login import SETTINGS, NatsLogin
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?$")
 _SECONDS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -30,7 +31,8 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?$", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 
 
-def _duration(value: Any) -> Any:
+def seconds_of(value: Any) -> Any:
+    """A duration's text as seconds; what is no text is left as it is. Raises `ValueError`."""
     if isinstance(value, str):
         match = _DURATION.match(value.strip())
         if not match:
@@ -51,7 +53,7 @@ def _size(value: Any) -> Any:
     return value
 
 
-Seconds = Annotated[float, BeforeValidator(_duration), Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, BeforeValidator(seconds_of), Field(gt=0, allow_inf_nan=False)]
 Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
@@ -166,6 +168,9 @@ class WorkerSettings(BaseSettings):
     """Durable requests that may be at work at once, over all nodes."""
     dedupe_window: Seconds = 600.0
     """How long a repeated `req_id` gets the same answer again."""
+    stream_replicas: Annotated[int, Field(ge=1, le=5)] = 1
+    """On how many servers of a NATS cluster the durable queue is kept; 3 outlive the loss of one. What a stream has
+    already is never made less."""
     data_dir: str = "data"
     """Where MODEL_PATH and DB_PATH begin when they are not given."""
     db_path: str = ""
@@ -247,7 +252,23 @@ class NodeSettings(BaseSettings):
     gateway: Annotated[str, BeforeValidator(_address_text)] = ":5780"
     """The address that serves every model."""
     nats_url: str = "nats://127.0.0.1:5700"
-    """The broker; several servers are separated by commas."""
+    """The broker, `nats://` or `tls://`; the servers of a cluster are separated by commas."""
+    nats_user: str = ""
+    """The user to log in as, with INFSVC_NATS_PASSWORD."""
+    nats_password: str = Field(default="", repr=False)
+    """The user's password."""
+    nats_token: str = Field(default="", repr=False)
+    """A token to log in with."""
+    nats_creds: str = ""
+    """A `.creds` file to log in with."""
+    nats_nkey: str = ""
+    """A file with the nkey seed of a user to log in as."""
+    nats_ca: str = ""
+    """A file of certificates that the broker's is checked against; the system's when not given."""
+    nats_cert: str = ""
+    """A certificate file to show the broker, with INFSVC_NATS_KEY."""
+    nats_key: str = ""
+    """That certificate's key file."""
     embedded_nats: Literal["auto", "off"] = "auto"
     """`auto` starts a broker when nothing listens at a single address of this machine; `off` never does."""
     api_keys: str = ""
@@ -268,6 +289,12 @@ class NodeSettings(BaseSettings):
     @property
     def gateway_address(self) -> Address:
         return Address.parse(self.gateway).bound(self.bind)
+
+    @property
+    def nats_login(self) -> NatsLogin:
+        """The broker and who the node is there; `ConfigError` when the settings make no login."""
+        fields = {name: getattr(self, f"nats_{name}") for name in SETTINGS if name != "url"}
+        return NatsLogin.of(self.nats_url, **fields)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -295,6 +322,7 @@ def load_node_settings(environ: Mapping[str, str] = os.environ) -> NodeSettings:
         raise ConfigError(_sentence(first), key=f"INFSVC_{str(first['loc'][0]).upper()}") from None
     if bool(settings.tls_cert) != bool(settings.tls_key):
         raise ConfigError("INFSVC_TLS_CERT and INFSVC_TLS_KEY go together", key="INFSVC_TLS_CERT")
+    _ = settings.nats_login  # makes sense, or raises
     return settings
 
 
@@ -385,7 +413,8 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
     if settings.nats_url and settings.nats_url != node.nats_url:
         raise settings.wrong(
             "NATS_URL",
-            f"the node talks to one broker, {node.nats_url} (INFSVC_NATS_URL); this names {settings.nats_url}",
+            # Without this one's own value: it may hold a password.
+            f"the node talks to one broker, {node.nats_login.shown} (INFSVC_NATS_URL), and this names another",
         )
     return settings
 

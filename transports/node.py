@@ -122,7 +122,7 @@ class Node:
         self.grammars = GrammarStore(home.root / "data/grammars/own", home.shipped / "data/grammars")
         self.service = InferenceService(self.fleet, events=self.events, node=self.name, grammars=self.grammars)
         self.bus = Bus(
-            settings.nats_url, embedded=settings.embedded_nats, home=home, events=self.events, node=self.name
+            settings.nats_login, embedded=settings.embedded_nats, home=home, events=self.events, node=self.name
         )
         exchanges = Exchanges(self.bus, self.service)
         self.durable = Durable(self.bus, self.fleet, self.service, exchanges, self.name)

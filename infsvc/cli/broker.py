@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from infsvc.client import Client
-from infsvc.settings import load_node_settings
+from infsvc.client import TIMEOUT_S, Client
+from infsvc.nats_login import NatsLogin
+from infsvc.settings import load_node_settings, seconds_of
 
 if TYPE_CHECKING:
     from nats.aio.client import Client as Connection
 
 
-def broker_url(url: str | None) -> str:
-    """The one named, else INFSVC_NATS_URL's."""
-    server = url or load_node_settings().nats_url
-    return server if "://" in server else f"nats://{server}"
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
+    """Seconds, or with a unit as the `nats` tool takes them: 30, 30s, 500ms, 2m."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(seconds_of(value))
+        except ValueError:
+            seconds = math.nan
+        if not 0.01 <= seconds < 1e9:
+            self.fail(f"{value!r} is no time: write 30, 30s, 500ms or 2m", param, ctx)
+        return seconds
 
 
-def shown(url: str) -> str:
-    """The URL without user and password."""
-    return Client(url).shown
+def broker_login(url: str | None) -> NatsLogin:
+    """The broker named, else INFSVC_NATS_URL's, with the login of the `INFSVC_NATS_…` settings; a user or token in the
+    URL goes before theirs."""
+    login = load_node_settings().nats_login
+    return login.at(url) if url else login
+
+
+def broker_client(url: str | None, *, timeout_s: float = TIMEOUT_S) -> Client:
+    """A client of that broker, to be entered."""
+    return Client.over(broker_login(url), timeout_s=timeout_s)
 
 
 @asynccontextmanager
@@ -32,7 +50,7 @@ async def connection(url: str | None) -> AsyncIterator[Connection]:
     """A nats-py connection. Raises `Unreachable` when no broker answers."""
     from infsvc.nats_link import NatsLink
 
-    link = NatsLink(broker_url(url), credentials=None)
+    link = NatsLink(broker_login(url))
     await link.open()
     try:
         yield link.connection

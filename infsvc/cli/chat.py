@@ -14,10 +14,9 @@ from typing import Any
 import click
 import httpx2
 
-from infsvc.cli.broker import broker_url
+from infsvc.cli.broker import broker_client
 from infsvc.cli.outcome import friendly
 from infsvc.cli.remote import RemoteError, checked, node_client
-from infsvc.client import Client
 from infsvc.errors import InfsvcError
 
 Ask = Callable[[str], None]
@@ -130,7 +129,7 @@ def _over_nats(subject: str, url: str | None, body: dict[str, Any], timeout_s: f
     async def exchange(question: str) -> None:
         printer = _Printer()
         async with (
-            Client(broker_url(url), timeout_s=timeout_s) as client,
+            broker_client(url, timeout_s=timeout_s) as client,
             client.stream(question, subject=subject, raw=body["raw"], **body["params"]) as stream,
         ):
             async for chunk in stream:

@@ -23,6 +23,7 @@ import click
 from infsvc.cli.outcome import friendly
 from infsvc.errors import InfsvcError, human_bytes
 from infsvc.home import Home, app_root
+from infsvc.nats_login import PORT, NatsLogin, shown
 from infsvc.settings import NodeSettings, WorkerSettings, load_node_settings, load_worker
 
 _LOW_DISK_BYTES, _NO_DISK_BYTES = 5 * 2**30, 200 * 2**20
@@ -165,7 +166,7 @@ def _home() -> Iterator[Finding]:
 def _settings() -> Iterator[Finding]:
     settings = load_node_settings()
     yield Finding(
-        "ok", "settings", f"node {settings.node}, gateway {settings.gateway_address}, bus {settings.nats_url}"
+        "ok", "settings", f"node {settings.node}, gateway {settings.gateway_address}, bus {settings.nats_login.shown}"
     )
 
 
@@ -173,27 +174,58 @@ def _broker() -> Iterator[Finding]:
     from transports.nats.broker import find_binary
 
     settings = load_node_settings()
-    parts = urlsplit(settings.nats_url)
-    with suppress(OSError), socket.create_connection((parts.hostname or "", parts.port or 4222), 2) as link:
-        link.settimeout(2)
-        if link.recv(5).startswith(b"INFO"):
-            yield Finding("ok", "broker", f"one answers at {parts.hostname}:{parts.port or 4222}")
-        else:
+    login = settings.nats_login
+    silent = []
+    for server in login.servers:
+        parts = urlsplit(server)
+        place = shown(server)
+        try:
+            with socket.create_connection((parts.hostname or "", parts.port or PORT), 2) as link:
+                link.settimeout(2)
+                is_nats = link.recv(5).startswith(b"INFO")
+        except OSError:
+            silent.append(place)
+            continue
+        if not is_nats:
             yield Finding(
-                "fail", "broker", f"what listens at {settings.nats_url} is no NATS server",
+                "fail", "broker", f"what listens at {place} is no NATS server",
                 "end it, or name another address with INFSVC_NATS_URL",
             )  # fmt: skip
+            return
+    if len(silent) < len(login.servers):
+        yield _logged_in(login)
+        for place in silent:
+            yield Finding("warn", "broker", f"none at {place}", "the other servers serve as long as they are up")
         return
-    if settings.embedded_nats == "off":
+    if settings.embedded_nats == "off" or login.embedded_url is None:
+        why = "INFSVC_EMBEDDED_NATS is off" if settings.embedded_nats == "off" else "the node starts none of that kind"
         yield Finding(
-            "warn", "broker", f"none at {settings.nats_url}, and INFSVC_EMBEDDED_NATS is off",
-            "start one there; HTTP goes on without",
+            "warn", "broker", f"none at {login.shown}, and {why}", "start one there; HTTP goes on without"
         )  # fmt: skip
         return
     try:
-        yield Finding("ok", "broker", f"none at {settings.nats_url}: the node starts {find_binary()}")
+        yield Finding("ok", "broker", f"none at {login.shown}: the node starts {find_binary()}")
     except InfsvcError as error:
         yield Finding("warn", "broker", str(error), "HTTP goes on without")
+
+
+def _logged_in(login: NatsLogin) -> Finding:
+    """Whether the broker lets this node in."""
+    from infsvc.nats_link import NatsLink
+
+    async def look() -> str:
+        link = NatsLink(login)
+        await link.open()
+        try:
+            at = link.connection.connected_url
+            return f"{at.hostname}:{at.port}" if at is not None else login.shown
+        finally:
+            await link.close()
+
+    try:
+        return Finding("ok", "broker", f"one answers at {asyncio.run(look())}")
+    except InfsvcError as error:
+        return Finding("fail", "broker", str(error), "HTTP goes on without, and nothing over NATS does")
 
 
 def _workers() -> Iterator[Finding]:

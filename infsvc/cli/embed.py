@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from infsvc.cli.broker import connection
 from infsvc.cli.outcome import friendly
 from infsvc.cli.remote import RemoteError, checked, node_client
-from infsvc.settings import load_node_settings
 
 DEFAULT_MODEL = "nomic-embed-v1.5"
 _N_SHOWN = 5
@@ -67,26 +67,15 @@ def embed(
 
 
 async def _over_nats(subject: str, url: str | None, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    import nats
-    import nats.errors
-
-    server = url or load_node_settings().nats_url
-
-    async def quiet(_: Exception) -> None:
-        """The failure itself is raised below; the library's own report would be a second one."""
+    from nats.errors import NoRespondersError
 
     try:
-        client = await nats.connect(server, allow_reconnect=False, connect_timeout=5, error_cb=quiet)
-    except (OSError, nats.errors.Error) as error:
-        raise RemoteError(f"no broker answers at {server}: {error or type(error).__name__}") from None
-    try:
-        message = await client.request(subject, json.dumps(body).encode(), timeout=timeout_s)
-    except nats.errors.NoRespondersError:
+        async with connection(url) as client:
+            message = await client.request(subject, json.dumps(body).encode(), timeout=timeout_s)
+    except NoRespondersError:
         raise RemoteError(f"nobody answers on {subject}: is its model loaded?") from None
-    except nats.errors.TimeoutError:
+    except TimeoutError:
         raise RemoteError(f"no answer on {subject} within {timeout_s:g} s") from None
-    finally:
-        await client.close()
     answer = json.loads(message.data)
     if not isinstance(answer, dict) or "data" not in answer:
         said = answer.get("error") if isinstance(answer, dict) else None

@@ -12,7 +12,7 @@ import time
 import click
 
 from infsvc import board
-from infsvc.cli.broker import broker_url, shown
+from infsvc.cli.broker import broker_login
 from infsvc.cli.outcome import fail, friendly
 from infsvc.onlooker import Onlooker
 
@@ -31,8 +31,8 @@ def monitor(url: str | None, plain: bool, sort_by: str) -> None:
 
     Keys: s sorts, / filters, enter shows everything known of a model, q quits.
     """
-    server = broker_url(url)
-    onlooker = Onlooker(server)
+    login = broker_login(url)
+    onlooker = Onlooker(login)
     if not plain and not (sys.stdin.isatty() and sys.stdout.isatty()):
         fail("the monitor needs a terminal: use --plain, or `infsvc status` for a single look")
     if not plain and os.environ.get("TERM", "") not in ("", "dumb"):
@@ -44,10 +44,10 @@ def monitor(url: str | None, plain: bool, sort_by: str) -> None:
             click.echo("infsvc: the full screen needs the extra `node` (pip install 'infsvc[node]'); plain table:",
                        err=True)  # fmt: skip
         else:
-            MonitorApp(onlooker, shown_url=shown(server)).run()
+            MonitorApp(onlooker, shown_url=login.shown).run()
             return
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_plain(onlooker, shown(server), sort_by))
+        asyncio.run(_plain(onlooker, login.shown, sort_by))
 
 
 async def _plain(onlooker: Onlooker, url: str, sort_by: str) -> None:

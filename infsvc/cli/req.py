@@ -7,7 +7,7 @@ import asyncio
 import click
 from nats.errors import Error as NatsError
 
-from infsvc.cli.broker import body_of, connection, headers_of, text_of
+from infsvc.cli.broker import Duration, body_of, connection, headers_of, text_of
 from infsvc.cli.outcome import friendly
 from infsvc.errors import NoAnswer, Unreachable
 
@@ -17,7 +17,7 @@ from infsvc.errors import NoAnswer, Unreachable
 @click.argument("body", required=False)
 @click.option("-s", "--server", "--url", "url", metavar="U",
               help="The broker (default: INFSVC_NATS_URL, else nats://127.0.0.1:5700).")  # fmt: skip
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.01), default=60.0, show_default=True, metavar="S",
+@click.option("--timeout", "timeout_s", type=Duration(), default=60.0, show_default=True, metavar="S",
               help="Seconds to wait for the next reply.")  # fmt: skip
 @click.option("--replies", type=click.IntRange(min=0), default=1, show_default=True, metavar="N",
               help="How many replies to wait for; 0 for all that come within --timeout.")  # fmt: skip

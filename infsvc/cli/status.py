@@ -9,10 +9,9 @@ from typing import Any
 import click
 
 from infsvc import board
-from infsvc.cli.broker import broker_url
+from infsvc.cli.broker import broker_client
 from infsvc.cli.outcome import friendly
 from infsvc.cli.remote import NoNode, checked, node_client
-from infsvc.client import Client
 from infsvc.errors import Unreachable
 
 _COLUMNS = ("MODEL", "NODE", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT", "ACT", "LEVEL", "DONE", "ENDPOINT")
@@ -28,7 +27,7 @@ def status(as_json: bool, url: str | None) -> None:
 
     Without a node here, the broker is asked, and every node on it answers.
     """
-    services = _from_bus(broker_url(url)) if url and "://" in url and not url.startswith("http") else _services(url)
+    services = _from_bus(url) if url and "://" in url and not url.startswith("http") else _services(url)
     if as_json:
         click.echo(json.dumps(services, indent=2, ensure_ascii=False))
         return
@@ -54,15 +53,15 @@ def _services(url: str | None) -> list[dict[str, Any]]:
         if url:
             raise
         try:
-            return _from_bus(broker_url(None))
+            return _from_bus(None)
         except Unreachable:
             pass
         raise
 
 
-def _from_bus(url: str) -> list[dict[str, Any]]:
+def _from_bus(url: str | None) -> list[dict[str, Any]]:
     async def look() -> list[dict[str, Any]]:
-        async with Client(url) as client:
+        async with broker_client(url) as client:
             return [service.model_dump() for service in await client.list_models()]
 
     return asyncio.run(look())

@@ -8,7 +8,7 @@ import contextlib
 import click
 from nats.errors import Error as NatsError
 
-from infsvc.cli.broker import connection, text_of
+from infsvc.cli.broker import Duration, connection, text_of
 from infsvc.cli.outcome import friendly
 from infsvc.errors import NoAnswer, Unreachable
 
@@ -20,7 +20,7 @@ _LOOK_S = 1.0
 @click.option("-s", "--server", "--url", "url", metavar="U",
               help="The broker (default: INFSVC_NATS_URL, else nats://127.0.0.1:5700).")  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N messages.")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.01), metavar="S",
+@click.option("--timeout", "timeout_s", type=Duration(), metavar="S",
               help="End with an error after S seconds without a message.")  # fmt: skip
 @click.option("-r", "--raw", is_flag=True, help="Print the bodies alone.")
 @friendly

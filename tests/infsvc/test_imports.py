@@ -22,6 +22,7 @@ LIGHT = (
     "infsvc.watch",
     "infsvc.client",
     "infsvc.nats_link",
+    "infsvc.nats_login",
     "infsvc.http_link",
 )
 NETWORK = {"nats", "httpx2", "httpx", "httpcore2"}

@@ -1,6 +1,7 @@
 """The durable queue under kill -9: two node processes and a broker process die again and again while requests go in.
 
-`python -m tests.torture.nats --seed N --requests 2000 --kills 30`. What must hold afterwards:
+`python -m tests.torture.nats --seed N --requests 2000 --kills 30 [--cluster]`; with `--cluster` the broker is three
+servers, each of which may die, and every stream has three copies. What must hold afterwards:
 
 - every durable request is answered;
 - none was executed twice, save what was running at a kill (those are counted);
@@ -10,7 +11,8 @@
 Durable requests go three ways: published to the queue until the broker has acknowledged them; published on the public
 subject, and again with the same id when a broker died around then, as nobody acknowledges that; and as requests with a
 reply subject, asked again with the same id after a time-out. Answers are read from a stream, so that none is missed
-while this process itself is without a broker.
+while this process itself is without a broker. A cluster's stream is itself without a leader for seconds after a kill;
+there a listener at each server hears them.
 """
 
 from __future__ import annotations
@@ -34,13 +36,16 @@ from pathlib import Path
 from typing import Any
 
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js.api import StreamConfig
 
 from infsvc import subjects
+from tests.nats_cluster import Seat, seats, until_it_keeps
 from tests.nodes import add_worker, free_port, node_environ
 from tests.tiny_models import write_tiny_model
 from transports.nats.broker import Listener, find_binary, probe
+from transports.nats.bus import bounded
 
 MODEL = "tiny"
 SUBJECT = f"inference.request.{MODEL}"
@@ -49,6 +54,8 @@ STREAM = f"INFERENCE_{MODEL.upper()}"
 ROOT = Path(__file__).parents[2]
 RECONNECT_S = 8.0
 """Within this a node is back on a broker that came back."""
+ELECTION_S = 16.0
+"""Within this a cluster that lost a server has leaders again and the nodes have found them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Plan:
         n_asked: request/reply without an id, which a crash may lose.
         pause_s: seconds between two kills, from and to.
         weights: how often the two nodes and the broker are the victims.
+        n_brokers: 1, or the servers of a cluster, one of which is the victim then.
         ask_s: after how long a caller takes a request for lost.
     """
 
@@ -71,12 +79,16 @@ class Plan:
     patience_s: float = 240.0
     ask_s: float = 6.0
     weights: tuple[int, int, int] = (1, 1, 1)
+    n_brokers: int = 1
 
 
 @dataclass
 class Kill:
     who: str
     at: float
+    broker: bool = False
+    dead: float = 0.0
+    """When the process was seen to have ended."""
     until: float = 0.0
     """When a broker was back."""
 
@@ -141,23 +153,21 @@ class Torture:
         self.folder, self.plan, self._say = folder, plan, say
         # One of its own for the kills, so that a seed names the same victims however fast the requests go.
         self._fate, self._random = random.Random(plan.seed), random.Random(plan.seed + 1)
-        self.port = free_port()
-        self.url = f"nats://127.0.0.1:{self.port}"
+        self.seats = seats(folder, plan.n_brokers) if plan.n_brokers > 1 else [_single(folder)]
+        self.url = ",".join(seat.url for seat in self.seats)
         self.kills: list[Kill] = []
         self.outcome = Outcome(n_durable=plan.n_durable, n_asked=plan.n_asked)
         self._sent: dict[str, float] = {}
         self._direct: dict[str, dict[str, Any]] = {}
-        self._ended = asyncio.Event()
-        config = folder / "broker.conf"
-        config.write_text(
-            f'host: 127.0.0.1\nport: {self.port}\nmax_payload: 8454144\njetstream {{store_dir: "{folder}/store"}}\n'
-        )
-        self.broker = Part("broker", [str(find_binary()), "-c", str(config)], dict(os.environ), folder / "broker.log")
+        self._heard: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.brokers = [
+            Part(seat.name, list(seat.command), dict(os.environ), folder / f"{seat.name}.log") for seat in self.seats
+        ]
         model = write_tiny_model(folder / "tiny.gguf", n_ctx=2048)
         self.homes = [folder / "alpha", folder / "beta"]
         self.nodes = []
         for home in self.homes:
-            add_worker(home, MODEL, model, ACK_WAIT="3s", QUEUE_MAX_MSGS=100_000, CTX_SIZE=512)
+            add_worker(home, MODEL, model, ACK_WAIT="3s", QUEUE_MAX_MSGS=100_000, CTX_SIZE=512, **self._copies)
             environ = node_environ(home, nats_url=self.url, embedded_nats="off", node=home.name)
             self.nodes.append(
                 Part(
@@ -168,18 +178,33 @@ class Torture:
                 )
             )
 
+    @property
+    def _copies(self) -> dict[str, int]:
+        return {"STREAM_REPLICAS": len(self.seats)} if len(self.seats) > 1 else {}
+
+    @property
+    def _reconnect_s(self) -> float:
+        return RECONNECT_S if len(self.seats) == 1 else ELECTION_S
+
     async def run(self) -> Outcome:
         begun = time.time()
-        await self._start_broker()
+        for number in range(len(self.brokers)):
+            await self.brokers[number].start()
+        for seat in self.seats:
+            await _listens(seat)
+        if len(self.seats) > 1:
+            await until_it_keeps(self.url, len(self.seats))
         await asyncio.gather(*(node.start() for node in self.nodes))
         client = Client()
         await client.connect(
-            self.url, max_reconnect_attempts=-1, reconnect_time_wait=0.2, error_cb=_quiet, ping_interval=2
+            self.url.split(","), max_reconnect_attempts=-1, reconnect_time_wait=0.2, error_cb=_quiet, ping_interval=2
         )
+        listeners = [asyncio.create_task(self._listen(seat)) for seat in self.seats if len(self.seats) > 1]
         try:
-            await client.jetstream().add_stream(
-                StreamConfig(name="ANSWERS", subjects=["inference.reply.>", "torture.reply.>"])
-            )
+            if not listeners:
+                await client.jetstream().add_stream(
+                    StreamConfig(name="ANSWERS", subjects=["inference.reply.>", "torture.reply.>"])
+                )
             await self._until_served(client)
             killer = asyncio.create_task(self._kill_all())
             span_s = self.plan.n_kills * sum(self.plan.pause_s) / 2
@@ -188,19 +213,16 @@ class Torture:
             await self._until_answered(client)
             await self._check(client)
         finally:
-            for part in (*self.nodes, self.broker):
+            for listener in listeners:
+                listener.cancel()
+            await asyncio.gather(*listeners, return_exceptions=True)
+            for part in (*self.nodes, *self.brokers):
                 if part.process is not None and part.process.returncode is None:
-                    await part.kill(signal.SIGTERM if part is not self.broker else signal.SIGKILL)
+                    await part.kill(signal.SIGTERM if part in self.nodes else signal.SIGKILL)
             await asyncio.wait_for(client.close(), 10)
         self._check_audits()
         self.outcome.seconds = time.time() - begun
         return self.outcome
-
-    async def _start_broker(self) -> None:
-        await self.broker.start()
-        async with asyncio.timeout(20):
-            while await probe("127.0.0.1", self.port) is not Listener.NATS:
-                await asyncio.sleep(0.05)
 
     async def _until_served(self, client: Client) -> None:
         async with asyncio.timeout(60):
@@ -214,18 +236,23 @@ class Torture:
     async def _kill_all(self) -> None:
         for n in range(self.plan.n_kills):
             await asyncio.sleep(self._fate.uniform(*self.plan.pause_s))
-            part = self._fate.choices([*self.nodes, self.broker], weights=self.plan.weights)[0]
+            part = self._fate.choices([*self.nodes, None], weights=self.plan.weights)[0]
             rest_s = self._fate.uniform(0.0, 1.0)
-            kill = Kill(part.name, time.time())
+            seat = None
+            if part is None:
+                number = self._fate.randrange(len(self.seats)) if len(self.seats) > 1 else 0
+                part, seat = self.brokers[number], self.seats[number]
+            kill = Kill(part.name, time.time(), broker=seat is not None)
             self.kills.append(kill)
             await part.kill()
+            kill.dead = time.time()
             self.outcome.n_kills[part.name] += 1
             self._say(f"  kill {n + 1} of {self.plan.n_kills}: {part.name}; sent {len(self._sent)}")
-            if part is self.broker:
+            if seat is not None:
                 await asyncio.sleep(rest_s)
-                await self._start_broker()
-            else:
-                await part.start()
+            await part.start()
+            if seat is not None:
+                await _listens(seat)
             kill.until = time.time()
 
     async def _send_all(self, client: Client, span_s: float) -> None:
@@ -269,7 +296,11 @@ class Torture:
                 await client.publish(SUBJECT, data)
                 await client.flush(timeout=2)
                 await asyncio.sleep(1.0)
-                if not any(kill.who == "broker" and at - 1.0 <= kill.at <= at + 1.0 for kill in self.kills):
+                if req_id in self._heard:
+                    return
+                # A spool without a leader keeps nothing, and nobody says so.
+                before_s = 1.0 if len(self.seats) == 1 else ELECTION_S
+                if not any(kill.broker and at - before_s <= kill.at <= at + 1.0 for kill in self.kills):
                     return
             await asyncio.sleep(0.5)
 
@@ -297,8 +328,33 @@ class Torture:
             answer = json.loads((await client.request(SUBJECT, data, timeout=2 * self.plan.ask_s)).data)
             self.outcome.n_asked_answered += "text" in answer
 
+    async def _listen(self, seat: Seat) -> None:
+        """Hears answers at one server, whenever it is up."""
+
+        async def note(message: Msg) -> None:
+            answer = json.loads(message.data)
+            if answer not in self._heard[answer["req_id"]]:
+                self._heard[answer["req_id"]].append(answer)
+
+        while True:
+            listener = Client()
+            with suppress(NatsError, TimeoutError, OSError):
+                await listener.connect(seat.url, allow_reconnect=False, error_cb=_quiet, connect_timeout=1)
+                await listener.subscribe("inference.reply.>", cb=note)
+                await listener.subscribe("torture.reply.>", cb=note)
+                while listener.is_connected:
+                    await asyncio.sleep(0.05)
+            await bounded(listener.close(), 0.5)
+            await asyncio.sleep(0.1)
+
     async def _answers(self, client: Client) -> dict[str, list[dict[str, Any]]]:
         answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        if len(self.seats) > 1:
+            for req_id, heard in self._heard.items():
+                answers[req_id] += heard
+            for req_id, answer in self._direct.items():
+                answers[req_id].append(answer)
+            return answers
         js = client.jetstream()
         last = (await js.stream_info("ANSWERS")).state.last_seq
         subscription = await js.subscribe("", stream="ANSWERS", ordered_consumer=True) if last else None
@@ -381,9 +437,26 @@ class Torture:
         the acknowledgement then waits for."""
         start, end, node = run
         for broker in self.kills:
-            if broker.who == "broker" and broker.at <= end + 1.0 and end <= broker.until + RECONNECT_S:
-                end = max(end, broker.until + RECONNECT_S)
-        return any(kill.who in (node, "broker") and start <= kill.at <= end + 1.0 for kill in self.kills)
+            if broker.broker and broker.at <= end + 1.0 and end <= broker.until + self._reconnect_s:
+                end = max(end, broker.until + self._reconnect_s)
+        return any(
+            (kill.broker or kill.who == node) and start <= kill.dead and kill.at <= end + 1.0 for kill in self.kills
+        )
+
+
+def _single(folder: Path) -> Seat:
+    """One broker that is no cluster."""
+    port, config = free_port(), folder / "broker.conf"
+    config.write_text(
+        f'host: 127.0.0.1\nport: {port}\nmax_payload: 8454144\njetstream {{store_dir: "{folder}/store"}}\n'
+    )
+    return Seat("broker", port, (str(find_binary()), "-c", str(config)))
+
+
+async def _listens(seat: Seat) -> None:
+    async with asyncio.timeout(20):
+        while await probe("127.0.0.1", seat.port) is not Listener.NATS:
+            await asyncio.sleep(0.05)
 
 
 async def _quiet(error: Exception) -> None:
@@ -397,9 +470,17 @@ def main() -> int:
         "--requests", type=int, default=2000, help="durable ones; a quarter more are asked without an id"
     )
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--cluster", action="store_true", help="three servers in the broker's place")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     options = parser.parse_args()
-    plan = Plan(seed=options.seed, n_durable=options.requests, n_asked=options.requests // 4, n_kills=options.kills)
+    plan = Plan(
+        seed=options.seed,
+        n_durable=options.requests,
+        n_asked=options.requests // 4,
+        n_kills=options.kills,
+        n_brokers=3 if options.cluster else 1,
+        ask_s=15.0 if options.cluster else Plan.ask_s,
+    )
 
     def run(folder: Path) -> Outcome:
         return asyncio.run(Torture(folder, plan, lambda line: print(line, flush=True)).run())

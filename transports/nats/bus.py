@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -31,6 +31,7 @@ from nats.errors import NoServersError, SlowConsumerError
 from infsvc.errors import ConfigError, StartError
 from infsvc.events import BrokerStateChanged, EventBus
 from infsvc.home import Home
+from infsvc.nats_login import NatsLogin
 from infsvc.settings import is_loopback
 from transports.nats.broker import EmbeddedBroker, Listener, probe
 
@@ -45,6 +46,8 @@ _LAST_RETRY_S = 5.0
 _STEADY_S = 5.0
 """A connection that stood this long counts as good: the next loss begins again at the first delay."""
 _CONNECT_S = 3.0
+_HANDSHAKE_S = 2
+"""How long one server may take; those of a cluster are tried in turn."""
 _SEND_S = 2.0
 _CALLBACK_S = 2.0
 _CLOSE_S = 0.5
@@ -97,32 +100,11 @@ async def heeding(work: Coroutine[Any, Any, T]) -> T:
     return task.result()
 
 
-def _servers(url: str) -> list[str]:
-    servers = [one if "//" in one else f"nats://{one}" for one in map(str.strip, url.split(",")) if one]
-    try:
-        fine = all(urlsplit(one).scheme in ("nats", "tls") and shown(one) for one in servers)
-    except ValueError:
-        fine = False
-    if not servers or not fine:
-        # Without the value: it may hold a password.
-        raise ConfigError("not nats://host:port or tls://host:port, several separated by commas", key="INFSVC_NATS_URL")
-    return servers
-
-
-def shown(server: str) -> str:
-    """A server's URL without user and password; `ValueError` for what has no host or a wrong port."""
-    parts = urlsplit(server)
-    if not parts.hostname:
-        raise ValueError("no host")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{host}:{parts.port or 4222}"
-
-
 class Bus:
     """The node's one connection. Loop thread only.
 
     Args:
-        url: INFSVC_NATS_URL; several servers are separated by commas.
+        login: the broker and who the node is there, or its URL alone.
         embedded: `auto` starts a broker of one's own when nothing listens at a single address of this machine.
         home: where that broker keeps its store.
         events: gets a `BrokerStateChanged` for each change.
@@ -132,28 +114,23 @@ class Bus:
         ConfigError: the URL is none.
     """
 
-    def __init__(self, url: str, *, embedded: Literal["auto", "off"], home: Home, events: EventBus, node: str) -> None:
-        self._servers = _servers(url)
+    def __init__(
+        self, login: NatsLogin | str, *, embedded: Literal["auto", "off"], home: Home, events: EventBus, node: str
+    ) -> None:
+        self._login = NatsLogin.of(login) if isinstance(login, str) else login
         self._node = node
         self.events = events
-        self.state = BusState(status="off", url=",".join(shown(one) for one in self._servers), since=time.time())
+        self.state = BusState(status="off", url=self._login.shown, since=time.time())
         self.nc: Client | None = None
         self._remark: str | None = None
         self._callbacks: list[OnConnected] = []
         self._task: asyncio.Task[None] | None = None
         self._lost = asyncio.Event()
         self._last_error: Exception | None = None
-        first = urlsplit(self._servers[0])
-        alone = len(self._servers) == 1
-        # nats-py takes user and password from a URL without decoding them; of several servers each may have its own.
-        self._login: dict[str, Any] = {}
-        if alone and first.username and first.password:
-            self._login = {"user": unquote(first.username), "password": unquote(first.password)}
-        elif alone and first.username:
-            self._login = {"token": unquote(first.username)}
         self._broker: EmbeddedBroker | None = None
-        if embedded == "auto" and alone and first.scheme == "nats" and is_loopback(first.hostname or ""):
-            self._broker = EmbeddedBroker(home, self._servers[0])
+        own = self._login.embedded_url if embedded == "auto" else None
+        if own is not None and is_loopback(urlsplit(own).hostname or ""):
+            self._broker = EmbeddedBroker(home, own)
 
     async def start(self) -> None:
         """Begins to connect in the background and returns at once."""
@@ -240,8 +217,9 @@ class Bus:
             was_embedded = self.state.embedded
             await self._drop()
             if stood_s > _STEADY_S:
-                # Someone else's broker gets the first delay to come back before an embedded one takes its port.
-                delay = 0.0 if was_embedded else _FIRST_RETRY_S
+                # Someone else's broker gets the first delay to come back before an embedded one takes its port. Of a
+                # cluster, another server is there already.
+                delay = 0.0 if was_embedded or len(self._login.servers) > 1 else _FIRST_RETRY_S
             else:
                 delay = min(max(_FIRST_RETRY_S, 2 * delay), _LAST_RETRY_S)
             self._set("down", reason=reason, retry_in_s=delay)
@@ -251,12 +229,14 @@ class Bus:
         match error:
             case StartError():
                 return str(error)
+            case ConfigError():
+                told = str(error)
             case NoServersError() if self._last_error is not None:
-                told = str(self._last_error) or type(self._last_error).__name__
+                told = self._login.sentence(self._last_error)
             case TimeoutError():
                 told = "no answer"
             case NatsError() | OSError():
-                told = str(error) or type(error).__name__
+                told = self._login.sentence(error)
             case _:
                 log.error("the connection to the broker failed", exc_info=error, extra={"code": "broker.error"})
                 told = type(error).__name__
@@ -274,15 +254,16 @@ class Bus:
         async def on_end() -> None:
             lost.set()
 
-        nc = Client()
+        servers = list(self._login.servers)
+        nc = self._login.client()
         try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(_CONNECT_S + _HANDSHAKE_S * (len(servers) - 1)):
                 await nc.connect(
-                    self._servers,
+                    servers,
                     name=f"infsvc {self._node}",
-                    **self._login,
+                    **self._login.options(),
                     allow_reconnect=False,
-                    connect_timeout=2,
+                    connect_timeout=_HANDSHAKE_S,
                     reconnect_time_wait=1,
                     max_reconnect_attempts=1,
                     ping_interval=_PING_S,

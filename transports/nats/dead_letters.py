@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 from infsvc import subjects
 from infsvc.errors import BadRequest, NotFound, QueueFull, QueueUnavailable
 from infsvc.types import new_req_id
-from transports.nats.jetstream import FULL, STREAM_NOT_FOUND, JetStream, JetStreamFault, Kept
+from transports.nats.jetstream import FULL, STREAM_NOT_FOUND, JetStream, JetStreamFault, Kept, election_s
 from transports.nats.messages import named, read_object
 from transports.nats.puller import Puller
 from transports.nats.streams import (
@@ -38,6 +38,8 @@ from transports.nats.streams import (
 log = logging.getLogger("infsvc.nats")
 
 _N_AT_ONCE = 16
+_DELETED = "Unacknowledged message was deleted"
+"""The broker's reason where a message left its stream by itself or by another's hand."""
 _MODEL, _REASON, _STREAM = "Infsvc-Dead-Model", "Infsvc-Dead-Reason", "Infsvc-Dead-Stream"
 _SEQ, _DELIVERIES, _SUBJECT = "Infsvc-Dead-Seq", "Infsvc-Dead-Deliveries", "Infsvc-Dead-Subject"
 _KEPT_HEADERS = (subjects.REPLY_HEADER, subjects.TRACE_HEADER, subjects.REQ_ID_HEADER)
@@ -93,6 +95,7 @@ class DeadLetters:
         close_case: called before a message that the broker gave up on is moved (model, body, headers, reason): answers
             its caller; whether the message is dead indeed.
         reopen: called before a replay (model, req_id): lets the request be executed again.
+        n_replicas: copies of the streams in a cluster.
     """
 
     def __init__(
@@ -102,17 +105,23 @@ class DeadLetters:
         tell: Callable[[DeadLetter], Awaitable[None]],
         close_case: Callable[[str, Kept, str], Awaitable[bool]],
         reopen: Callable[[str, str], Awaitable[None]],
+        n_replicas: int = 1,
     ) -> None:
+        self._n_replicas = n_replicas
         self._js, self._tell, self._close_case, self._reopen = js, tell, close_case, reopen
         self._tasks: set[asyncio.Task[None]] = set()
         self._puller = Puller(
-            ADVISORIES, UNDERTAKERS, room=lambda: _N_AT_ONCE - len(self._tasks), take=self._take_advisory
+            ADVISORIES,
+            UNDERTAKERS,
+            room=lambda: _N_AT_ONCE - len(self._tasks),
+            take=self._take_advisory,
+            patience_s=election_s(n_replicas),
         )
 
     async def prepare(self) -> None:
         """Makes the streams; raises `JetStreamFault`."""
-        await self._js.have_stream(dead_stream())
-        await self._js.have_stream(advisory_stream())
+        await self._js.have_stream(dead_stream(self._n_replicas))
+        await self._js.have_stream(advisory_stream(self._n_replicas))
         await self._js.have_consumer(ADVISORIES, advisory_consumer())
 
     async def run(self, nc: Client) -> None:
@@ -258,6 +267,10 @@ class DeadLetters:
         if model is None:
             return
         kept = await self._js.message(stream, seq)
+        if kept is None and self._n_replicas > 1 and advisory.get("reason") == _DELETED:
+            # A cluster's consumer finds a message gone that was acknowledged to the leader before it.
+            log.info("message %d of %s is gone, and was worked on", seq, stream, extra={"code": "queue.gone"})
+            return
         if "reason" in advisory or kept is None:
             # A node that terminates a message has buried it first; then this finds it there and adds nothing.
             if kept is None and "reason" in advisory:

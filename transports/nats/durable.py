@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +33,7 @@ from transports.nats.bus import Bus, heeding
 from transports.nats.dead_letters import DeadLetter, DeadLetters
 from transports.nats.exchange import Exchange, Exchanges, exchange_of
 from transports.nats.intake import Intake
-from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept
+from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept, election_s
 from transports.nats.messages import encode, named, read_object
 from transports.nats.once import OnceBook, Overtaken
 from transports.nats.puller import ConsumerGone
@@ -59,6 +60,8 @@ _LOOK_S = 60.0
 """How often an operator's own streams are looked for."""
 _ASK_S = 1.0
 _N_SILENT = 10
+_MOVE_S = 2.0
+"""How long a process may take from a server of a cluster that died to another one."""
 _CLOSE_S = 2.0
 
 
@@ -87,14 +90,24 @@ class Durable:
         self._node = node
         self.instance = f"{subjects.dotless(''.join(c if c.isalnum() else '_' for c in node))}-{secrets.token_hex(6)}"
         self.js = JetStream(bus)
-        self.dead = DeadLetters(self.js, tell=self._tell_dead, close_case=self._close_case, reopen=self._reopen)
+        n_replicas = max((worker.settings.stream_replicas for worker in fleet.workers.values()), default=1)
+        self.js.patience_s = self._election_s = election_s(n_replicas)
+        self.dead = DeadLetters(
+            self.js,
+            tell=self._tell_dead,
+            close_case=self._close_case,
+            reopen=self._reopen,
+            n_replicas=n_replicas,
+        )
         self._lanes: dict[str, _Lane] = {}
         self._session: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._decided = asyncio.Event()
         self._off: str | None = None
+        self._patient_until_s = 0.0
         self._foreign: dict[str, tuple[str, ...]] = {}
         self._silent: dict[str, int] = {}
+        self._missing: dict[str, float] = {}
         self._handing_over: set[asyncio.Task[None]] = set()
         self._leaving = False
         bus.on_connected(self._connected)
@@ -138,7 +151,7 @@ class Durable:
         if self._bus.nc is None:
             return "there is no connection to the broker"
         try:
-            async with asyncio.timeout(_SETUP_S):
+            async with asyncio.timeout(_SETUP_S + self._election_s):
                 await self._decided.wait()
                 if self._off is not None:
                     return self._off
@@ -192,6 +205,7 @@ class Durable:
 
     async def _serve(self, nc: Client) -> None:
         """Serves every model's queue over one connection until it is cancelled."""
+        self._patient_until_s = time.monotonic() + self._election_s
         while not await self._prepare():  # noqa: ASYNC110 - the broker sends no word when JetStream comes on
             await asyncio.sleep(_RETRY_S)
         undertaker = asyncio.create_task(self._bury_forever(nc), name="nats-undertaker")
@@ -216,7 +230,7 @@ class Durable:
             await self.js.call("INFO")
             await self.dead.prepare()
         except JetStreamFault as fault:
-            if self._bus.nc is None or not self._bus.nc.is_connected:
+            if self._bus.nc is None or not self._bus.nc.is_connected or self._waits_for_a_leader(fault):
                 return False
             reason = f"the durable queue is off: {fault}"
             if self._off != reason:
@@ -231,6 +245,10 @@ class Durable:
             log.info("the durable queue is on", extra={"code": "queue.on"})
         self._remark()
         return True
+
+    def _waits_for_a_leader(self, fault: JetStreamFault) -> bool:
+        """Whether a cluster may only be between two leaders: its silence says nothing for a while."""
+        return (fault.unanswered or fault.leaderless) and time.monotonic() < self._patient_until_s
 
     async def _bury_forever(self, nc: Client) -> None:
         while True:
@@ -297,6 +315,9 @@ class Durable:
                 runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
                 await _all(*runs, self._look_for_foreign(lane.worker))
             except (JetStreamFault, ConsumerGone, NatsError) as error:
+                if isinstance(error, JetStreamFault) and not lane.made and self._waits_for_a_leader(error):
+                    await asyncio.sleep(_RETRY_S)
+                    continue
                 words = f"the queue of {lane.worker.name} cannot be used: {error}"
                 if lane.problem != words:
                     log.warning("%s", words, extra={"code": "queue.failed", "model": lane.worker.name})
@@ -393,11 +414,14 @@ class Durable:
             message = await heeding(nc.request(subjects.owner(instance), body, timeout=_ASK_S))
             answer = read_object(message.data)
         except NoRespondersError:
-            return False
+            # In a cluster it may be on its way to another server.
+            missing_s = time.monotonic() - self._missing.setdefault(instance, time.monotonic())
+            return bool(self._election_s) and missing_s < _MOVE_S
         except (TimeoutError, NatsError, RequestError):
             self._silent[instance] = self._silent.get(instance, 0) + 1
             return self._silent[instance] < _N_SILENT
         self._silent.pop(instance, None)
+        self._missing.pop(instance, None)
         return answer.get("running") is True
 
     async def _tell_owner(self, message: Msg) -> None:

@@ -6,13 +6,15 @@ now, and whatever goes wrong is one `JetStreamFault` with the broker's own error
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.parser import BytesParser
-from typing import Any
+from typing import Any, TypeVar
 
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
@@ -30,11 +32,29 @@ MESSAGE_NOT_FOUND = 10037
 SUBJECT_OVERLAP = 10065
 DELETE_FAILED = 10057
 TOO_LARGE = 10054
+NOBODY = 503
+"""What a call ends with when no server takes it."""
+
+ELECTION_S = 15.0
+"""How long the servers of a cluster may take to agree on a new leader for a stream; seen: 2 to 10 s."""
+
+_TOO_SMALL = frozenset({10005, 10023, 10074})
+"""No suitable peers for placement; insufficient resources; replicas without a cluster."""
+_NO_LEADER = frozenset({NOBODY, 10006, 10008, 10009, 10158})
+"""The last one: a message of that id has been proposed to the copies, and is not yet, or never will be, in them."""
+_RETRY_S = 0.2
+
+T = TypeVar("T")
 
 _API = "$JS.API"
 _CALL_S = 3.0
-_SETTLED = frozenset({"metadata", "name", "durable_name", "num_replicas", "consumer_limits"})
+_SETTLED = frozenset({"metadata", "name", "durable_name", "consumer_limits"})
 """Fields of a configuration that the broker fills in or that others may choose."""
+
+
+def election_s(n_replicas: int) -> float:
+    """How long a stream of so many copies may be without a leader; a single copy is there or is not."""
+    return ELECTION_S if n_replicas > 1 else 0.0
 
 
 class JetStreamFault(Exception):
@@ -52,6 +72,11 @@ class JetStreamFault(Exception):
     def unanswered(self) -> bool:
         """Whether nobody can know if the call took effect."""
         return self.err_code == 0
+
+    @property
+    def leaderless(self) -> bool:
+        """Whether it is a cluster's answer between two leaders. It did nothing then."""
+        return self.err_code in _NO_LEADER
 
 
 @dataclass(frozen=True)
@@ -74,16 +99,22 @@ class Kept:
 
 
 class JetStream:
-    """Calls JetStream over the bus. Loop thread only; every call raises `JetStreamFault` and nothing else."""
+    """Calls JetStream over the bus. Loop thread only; every call raises `JetStreamFault` and nothing else.
+
+    Attributes:
+        patience_s: how long what a cluster refuses between two leaders is tried again; 0 with a single broker, where
+            nobody will come.
+    """
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
+        self.patience_s = 0.0
 
     async def publish(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, *, timeout_s: float = _CALL_S
     ) -> Stored:
         """Stores a message; returns when the broker has it."""
-        answer = _object(await self._request(subject, data, dict(headers) if headers else None, timeout_s))
+        answer = await self._told(subject, data, dict(headers) if headers else None, timeout_s)
         return Stored(int(answer["seq"]), bool(answer.get("duplicate")))
 
     async def send(self, subject: str, data: bytes = b"") -> bool:
@@ -92,28 +123,17 @@ class JetStream:
 
     async def confirm(self, ack: str) -> None:
         """Acknowledges a message; returns when the broker has heard it."""
-        await self._request(ack, b"+ACK", None, 1.0)
+        await self._patiently(lambda: self._request(ack, b"+ACK", None, 1.0))
 
     async def call(self, name: str, body: Any = None) -> dict[str, Any]:
         """One call of the broker's administration, such as `STREAM.INFO.name`."""
         data = b"" if body is None else json.dumps(body).encode()
-        return _object(await self._request(f"{_API}.{name}", data, None, _CALL_S))
+        return await self._told(f"{_API}.{name}", data, None, _CALL_S)
 
     async def last(self, stream: str, subject: str) -> Kept | None:
-        """The newest message on a subject of a stream that allows direct reads, or None."""
-        message = await self._request(f"{_API}.DIRECT.GET.{stream}.{subject}", b"", None, _CALL_S)
-        headers = message.headers or {}
-        if headers.get("Status"):
-            if headers["Status"] == "404":
-                return None
-            raise JetStreamFault(f"{stream}: {headers.get('Description', headers['Status'])}")
-        return Kept(
-            subject,
-            int(headers["Nats-Sequence"]),
-            message.data,
-            headers,
-            _seconds(headers["Nats-Time-Stamp"]),
-        )
+        """The newest message on a subject, or None. Asks the stream's leader: of a cluster's other servers one may be
+        behind."""
+        return await self._get(stream, {"last_by_subj": subject})
 
     async def message(self, stream: str, seq: int) -> Kept | None:
         """A stream's message by its number, or None when it is gone."""
@@ -146,23 +166,53 @@ class JetStream:
         return True
 
     async def have_stream(self, config: StreamConfig) -> None:
-        """Creates the stream, or brings one of that name to this shape."""
+        """Creates the stream, or brings one of that name to this shape; it keeps the replicas that it has beyond this,
+        as two nodes may differ."""
         wanted = config.as_dict()
-        name = str(config.name)
+        name, n_replicas = str(config.name), int(config.num_replicas or 1)
         try:
             there = (await self.call(f"STREAM.INFO.{name}"))["config"]
         except JetStreamFault as fault:
             if fault.err_code != STREAM_NOT_FOUND:
                 raise
-            await self.call(f"STREAM.CREATE.{name}", wanted)
+            await self._shape("CREATE", wanted, n_replicas)
             return
+        wanted["num_replicas"] = max(n_replicas, int(there.get("num_replicas") or 1))
         if _differs(there, wanted):
-            await self.call(f"STREAM.UPDATE.{name}", there | wanted)
+            await self._shape("UPDATE", there | wanted, n_replicas)
+
+    async def _shape(self, verb: str, config: dict[str, Any], n_replicas: int) -> None:
+        try:
+            await self.call(f"STREAM.{verb}.{config['name']}", config)
+        except JetStreamFault as fault:
+            if n_replicas > 1 and fault.err_code in _TOO_SMALL:
+                words = f"STREAM_REPLICAS={n_replicas} needs as many servers with JetStream in the broker's cluster"
+                raise JetStreamFault(f"{words}: {fault}", err_code=fault.err_code) from None
+            raise
 
     async def have_consumer(self, stream: str, config: ConsumerConfig) -> dict[str, Any]:
         """Creates the durable consumer, or brings one of that name to this shape; its state."""
         body = {"stream_name": stream, "config": config.as_dict()}
         return await self.call(f"CONSUMER.DURABLE.CREATE.{stream}.{config.durable_name}", body)
+
+    async def _told(
+        self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float
+    ) -> dict[str, Any]:
+        async def ask() -> dict[str, Any]:
+            return _object(await self._request(subject, data, headers, timeout_s))
+
+        return await self._patiently(ask)
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Asks again while a cluster has no leader for what is asked; nothing was done then, so that is harmless."""
+        until_s = time.monotonic() + self.patience_s
+        while True:
+            try:
+                return await ask()
+            except JetStreamFault as fault:
+                if not fault.leaderless or time.monotonic() >= until_s:
+                    raise
+            await asyncio.sleep(_RETRY_S)
 
     async def _request(self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float) -> Msg:
         nc = self._bus.nc
@@ -172,7 +222,7 @@ class JetStream:
             return await heeding(nc.request(subject, data, timeout=timeout_s, headers=headers))
         except NoRespondersError:
             raise JetStreamFault(
-                "JetStream is switched off on this broker, or the stream is gone", err_code=503
+                "JetStream is switched off on this broker, or the stream is gone", err_code=NOBODY
             ) from None
         except TimeoutError:
             raise JetStreamFault(f"the broker did not answer within {timeout_s:g} s") from None

@@ -25,7 +25,7 @@ from infsvc import subjects
 from infsvc.errors import BadRequest, RequestError
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.intake import Intake
-from transports.nats.jetstream import JetStream, JetStreamFault
+from transports.nats.jetstream import JetStream, JetStreamFault, election_s
 from transports.nats.once import OnceBook, body_hash
 from transports.nats.puller import Puller
 from transports.nats.streams import SPOOL_BATCH, spool_durable, spool_name
@@ -67,6 +67,7 @@ class Spool:
             spool_durable(settings),
             room=lambda: 0 if self._closed else SPOOL_BATCH - len(self._tasks),
             take=self._take,
+            patience_s=election_s(settings.stream_replicas),
         )
 
     async def run(self, nc: Client) -> None:

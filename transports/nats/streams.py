@@ -7,6 +7,9 @@
 | `KV_<STREAM_NAME>_ONCE` | a key-value bucket: what became of each `req_id` within DEDUPE_WINDOW | `$KV.…` |
 | `INFSVC_ADVISORIES` | the broker's own notes on messages that ended badly, until a node has read them | `$JS.EVENT…` |
 | `INFSVC_DEAD` | dead letters of all models | `infsvc.dead.*` |
+
+Of a NATS cluster STREAM_REPLICAS servers keep each of them; those of all models go by the largest. Consumers have as
+many copies as their stream.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ def model_of_queue(config: dict[str, Any]) -> str | None:
 def queue_stream(settings: WorkerSettings) -> StreamConfig:
     """The queue itself."""
     return StreamConfig(
+        num_replicas=settings.stream_replicas,
         name=settings.stream_name,
         description=f"{_QUEUE_WORDS}{settings.model_name}",
         subjects=_each(settings.queue_subject, subjects.queue(settings.model_name, embedding=True)),
@@ -95,6 +99,7 @@ def queue_consumer(settings: WorkerSettings) -> ConsumerConfig:
 def spool_stream(settings: WorkerSettings) -> StreamConfig:
     """What is published on the public subject. It answers nobody, so that callers get their answer and no receipt."""
     return StreamConfig(
+        num_replicas=settings.stream_replicas,
         name=spool_name(settings),
         description=f"infsvc: what was published on {settings.subject} until a node has looked at it",
         subjects=_each(settings.subject, settings.embedding_subject),
@@ -121,6 +126,7 @@ def once_stream(settings: WorkerSettings) -> StreamConfig:
     """A key-value bucket that forgets its oldest records rather than refuse new ones."""
     bucket = once_bucket(settings)
     return StreamConfig(
+        num_replicas=settings.stream_replicas,
         name=f"KV_{bucket}",
         description=f"infsvc: what became of the requests for {settings.model_name}",
         subjects=[f"$KV.{bucket}.>"],
@@ -135,8 +141,9 @@ def once_stream(settings: WorkerSettings) -> StreamConfig:
     )
 
 
-def dead_stream() -> StreamConfig:
+def dead_stream(n_replicas: int = 1) -> StreamConfig:
     return StreamConfig(
+        num_replicas=n_replicas,
         name=DEAD,
         description="infsvc: requests that could not be answered",
         subjects=["infsvc.dead.*"],
@@ -148,8 +155,9 @@ def dead_stream() -> StreamConfig:
     )
 
 
-def advisory_stream() -> StreamConfig:
+def advisory_stream(n_replicas: int = 1) -> StreamConfig:
     return StreamConfig(
+        num_replicas=n_replicas,
         name=ADVISORIES,
         description="infsvc: the broker's notes on messages that ended badly",
         subjects=[f"{_ADVISORY}.MAX_DELIVERIES.>", f"{_ADVISORY}.MSG_TERMINATED.>"],

@@ -39,7 +39,7 @@ from infsvc.errors import (
 from infsvc.types import ModelState
 from transports.nats.bus import Bus
 from transports.nats.exchange import Exchange, Exchanges
-from transports.nats.jetstream import JetStream, JetStreamFault
+from transports.nats.jetstream import JetStream, JetStreamFault, election_s
 from transports.nats.once import OnceBook, Overtaken, Record, answer_of
 from transports.nats.puller import Puller
 
@@ -116,7 +116,13 @@ class WorkQueue:
         self._look = asyncio.Event()
         self._leaving = False
         settings = worker.settings
-        self._puller = Puller(settings.stream_name, settings.queue_durable, room=self._room, take=self._take)
+        self._puller = Puller(
+            settings.stream_name,
+            settings.queue_durable,
+            room=self._room,
+            take=self._take,
+            patience_s=election_s(settings.stream_replicas),
+        )
 
     @property
     def n_taken(self) -> int:
@@ -327,6 +333,7 @@ class WorkQueue:
             self._puller.wake()
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _WAIT_LAST_S)
+            over = 0  # the record is read anew: over its last revision this would take the request from who runs it
 
     async def _write(
         self, taken: Taken, state: str, *, over: int | None, answer: dict[str, object] | None = None

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.js.errors import APIError
 
 from engine.service import InferenceRequest
@@ -25,6 +26,8 @@ from infsvc.home import Home
 from infsvc.types import ModelState
 from transports.nats.broker import EmbeddedBroker, Listener, find_binary, probe
 from transports.nats.bus import heeding
+from transports.nats.once import OnceBook, body_hash
+from transports.nats.streams import once_bucket
 
 from .conftest import PATIENCE_S, Doors, asked, broker_is, client_of, happened, told
 from .fakes import FakeGeneration, FakeWorker
@@ -111,6 +114,30 @@ async def test_a_repeat_of_what_still_runs_waits_for_it(doors: Doors, client: Cl
     assert await second == await first
     assert (await third)["code"] == "req_id_conflict"
     assert len(doors.service.requests) == 1
+
+
+async def test_what_runs_on_another_node_is_waited_for_however_long(doors: Doors, client: Client) -> None:
+    n_asked, often = 0, asyncio.Event()
+
+    async def at_work(message: Msg) -> None:
+        nonlocal n_asked
+        n_asked += 1
+        if n_asked == 3:
+            often.set()
+        await client.publish(message.reply, b'{"running": true}')
+
+    await client.subscribe(subjects.owner("elsewhere"), cb=at_work)
+    await client.flush()
+    book = OnceBook(doors.durable.js, once_bucket(doors.worker.settings))
+    page: dict[str, Any] = {"body": body_hash(json.loads(body("far"))), "owner": "elsewhere", "limit_bytes": 2**20}
+    revision = await book.write("far", "running", over=0, **page)
+    asking = asyncio.create_task(asked(client, SUBJECT, body("far")))
+    async with asyncio.timeout(PATIENCE_S):
+        await often.wait()
+    answer = {"req_id": "far", "text": "from elsewhere"}
+    await book.write("far", "done", over=revision, answer=answer, **page)
+    assert await asking == answer
+    assert doors.service.requests == []
 
 
 async def test_a_stream_through_the_queue_and_its_repeat(doors: Doors, client: Client) -> None:
