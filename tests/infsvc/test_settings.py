@@ -205,7 +205,7 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
             "NATS_URL=nats://elsewhere:4222\n",
             1,
             "NATS_URL",
-            "the node talks to one broker, nats://127.0.0.1:5700 (INFSVC_NATS_URL); this names nats://elsewhere:4222",
+            "the node talks to one broker, nats://127.0.0.1:5700 (INFSVC_NATS_URL), and this names another",
         ),
         ("CTX_SIZE\n", 1, "CTX_SIZE", "not KEY=value"),
     ],
