@@ -26,8 +26,11 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     async with build(tmp_path, "demo", "second", embedded_nats="auto") as started:
         for name in ("demo", "second"):
             assert (await started.fleet.settled(name)).state == "ready"
-        while started.bus.state.status != "connected":
+        for _ in range(1000):
+            if started.bus.state.status == "connected":
+                break
             await asyncio.sleep(0.02)
+        assert started.bus.state.status == "connected", started.bus.state
         yield started
 
 
