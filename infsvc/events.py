@@ -109,6 +109,14 @@ class LogLine(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadLettersChanged(Event):
+    """A dead letter came or went, on any node; `n_kept` is how many the broker keeps."""
+
+    type: ClassVar[str] = "queue.dead"
+    n_kept: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Alert(Event):
     type: ClassVar[str] = "alert"
     level: str

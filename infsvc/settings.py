@@ -159,7 +159,7 @@ class WorkerSettings(BaseSettings):
     queue_max_msgs: Annotated[int, Field(ge=1)] = 2000
     """Requests that may wait, over HTTP and NATS together; one more is refused with `queue_full`."""
     queue_max_age: Seconds = 86400.0
-    """How long a durable request may wait."""
+    """How long a durable request may wait; then it is answered with a 504 and kept as a dead letter."""
     ack_wait: Seconds = 10.0
     """After how long without a sign of life a durable request goes to another node."""
     max_deliver: Annotated[int, Field(ge=1)] = 5

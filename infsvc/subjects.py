@@ -37,6 +37,9 @@ it can be cancelled. Unlike a `req_id` in the body it does not ask for the durab
 PART_HEADER = "Infsvc-Part"
 """On each message of a request that one node forwards to another; see `transports.forward_parts`."""
 
+CAME_HEADER = "Infsvc-Came"
+"""On a queue's message that lay in the spool first: when it came there, in seconds since the epoch."""
+
 TRACE_HEADER = "X-Trace-ID"
 
 
@@ -83,6 +86,10 @@ def direct(model: str, node: str, start_time: str, *, embedding: bool = False) -
 def dead(model: str) -> str:
     """Where a model's dead letters are kept."""
     return f"infsvc.dead.{dotless(model)}"
+
+
+DEAD_GONE = "infsvc.gone"
+"""Published, between nodes: dead letters were replayed or deleted."""
 
 
 def health(model: str) -> str:

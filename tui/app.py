@@ -71,10 +71,12 @@ class InfsvcApp(App[int]):
         Binding("f2", "go('chat')", show=False, priority=True, id="app.chat", tooltip="Chat (also 2)"),
         Binding("f4", "go('models')", show=False, priority=True, id="app.models", tooltip="Models (also 4)"),
         Binding("f5", "go('logs')", show=False, priority=True, id="app.logs", tooltip="Logs (also 5)"),
+        Binding("f6", "go('queue')", show=False, priority=True, id="app.queue", tooltip="Queue (also 6)"),
         Binding("1", "go('fleet')", show=False, id="app.fleet.digit"),
         Binding("2", "go('chat')", show=False, id="app.chat.digit"),
         Binding("4", "go('models')", show=False, id="app.models.digit"),
         Binding("5", "go('logs')", show=False, id="app.logs.digit"),
+        Binding("6", "go('queue')", show=False, id="app.queue.digit"),
         Binding("question_mark,f12", "help", "help", key_display="?", id="app.help", tooltip="These keys (also F12)"),
         Binding("ctrl+p", "command_palette", show=False, priority=True, id="app.palette", tooltip="Find a command"),
         Binding("ctrl+q", "quit", "quit", priority=True, id="app.quit", tooltip="End the node; asks if it is busy"),
@@ -137,13 +139,14 @@ class InfsvcApp(App[int]):
         from tui.screens.fleet import FleetScreen
         from tui.screens.logs import LogsScreen
         from tui.screens.models import ModelsScreen
+        from tui.screens.queue import QueueScreen
 
         context = Context(node, self._clock, self._monotonic, self._animated)
         if self._leaving.is_set():
             context.phase = "draining"
         self._fleet, self._chat, self._logs = FleetScreen(context), ChatScreen(context), LogsScreen(context)
         self._models = ModelsScreen(context)
-        for screen in (self._fleet, self._chat, self._models, self._logs):
+        for screen in (self._fleet, self._chat, self._models, self._logs, QueueScreen(context)):
             self.add_mode(screen.NAME, lambda screen=screen: screen)  # type: ignore[misc]
         await self.switch_mode("fleet")
         node.events.listen(self._hear)
@@ -284,6 +287,12 @@ class InfsvcApp(App[int]):
         self.push_screen(NewWorkerDialog(self._node, blink=self._animated), tell)
 
     async def on_chat_requested(self, message: ChatRequested) -> None:
+        from tui.node_view import can_chat
+
+        worker = self._node.fleet.workers.get(message.model)
+        if worker is not None and not can_chat(worker):
+            self._warn(f"{message.model} cannot chat", "It only embeds: `infsvc embed` or /v1/embeddings asks it.")
+            return
         if self._chat is not None:
             self._chat.model = message.model
         await self.action_go("chat")

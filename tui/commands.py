@@ -19,6 +19,7 @@ from tui.messages import (
     RemoveRequested,
     UnloadRequested,
 )
+from tui.node_view import can_chat
 from tui.widgets.tab_line import SCREENS
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class NodeCommands(Provider):
             if worker.state is ModelState.ON_DISK:
                 remove = partial(app.post_message, RemoveRequested(worker.name))
                 yield f"Remove the file of {worker.name}", "Asks first", remove
-            chat = partial(app.post_message, ChatRequested(worker.name))
-            yield f"Chat with {worker.name}", "Go to Chat with this model", chat
+            if can_chat(worker):
+                chat = partial(app.post_message, ChatRequested(worker.name))
+                yield f"Chat with {worker.name}", "Go to Chat with this model", chat
         yield "New worker", "Write a worker file for another model", partial(app.post_message, NewWorkerRequested())
         yield "Toggle theme", "Dark or light", app.action_toggle_theme
         yield "Help", "The keys of this screen", app.action_help

@@ -71,6 +71,38 @@ class ChatRequested(Message):
         self.model = model
 
 
+class RowHighlighted(Message):
+    """A list's cursor stands on another row, or on none."""
+
+    def __init__(self, list_id: str) -> None:
+        super().__init__()
+        self.list_id = list_id
+
+
+class RowOpened(Message):
+    """A second click on a list's row."""
+
+    def __init__(self, list_id: str) -> None:
+        super().__init__()
+        self.list_id = list_id
+
+
+class ReplayRequested(Message):
+    """Put a dead letter back into its queue."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class DeletionRequested(Message):
+    """Forget a dead letter; asks first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
 class PromptSubmitted(Message):
     """The user sent what stands in the chat's input."""
 

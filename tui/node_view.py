@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from infsvc.events import EventBus
 from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
-from infsvc.types import CompletionReply, ModelState
+from infsvc.types import Capability, CompletionReply, ModelState
 
 if TYPE_CHECKING:
     from engine.capabilities import CapabilityClaim
@@ -180,6 +180,55 @@ class SystemView(Protocol):
     def ram_total_bytes(self) -> int: ...
 
 
+class DeadHeadView(Protocol):
+    """A dead letter without its body."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def req_id(self) -> str | None: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def n_delivered(self) -> int: ...
+    @property
+    def died_ts(self) -> float: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class DeadLetterView(DeadHeadView, Protocol):
+    @property
+    def subject(self) -> str: ...
+    def wire(self) -> dict[str, Any]: ...
+
+
+class DeadLettersView(Protocol):
+    """What could not be answered; every method may raise `QueueUnavailable`."""
+
+    @property
+    def n_kept(self) -> int | None:
+        """How many there were when last counted; None before that."""
+
+    def heads(self, *, after: int = 0) -> AsyncIterator[Sequence[DeadHeadView]]: ...
+    async def count(self) -> int: ...
+    async def letter(self, number: int, /) -> DeadLetterView: ...
+    async def replay(self, number: int, /) -> Any: ...
+    async def delete(self, number: int, /) -> None: ...
+
+
+class DurableView(Protocol):
+    @property
+    def dead(self) -> DeadLettersView: ...
+
+
+class QueueDeskView(Protocol):
+    async def overview(self) -> list[dict[str, Any]]: ...
+    async def purge(self, model: str, /) -> int: ...
+
+
 class RegistryView(Protocol):
     """The models of other nodes."""
 
@@ -203,6 +252,10 @@ class NodeView(Protocol):
     @property
     def registry(self) -> RegistryView: ...
     @property
+    def durable(self) -> DurableView: ...
+    @property
+    def queue_desk(self) -> QueueDeskView: ...
+    @property
     def gateway_url(self) -> str: ...
     async def load(self, name: str, /) -> Any: ...
     async def unload(self, name: str, /) -> None: ...
@@ -221,10 +274,17 @@ def n_running(node: NodeView) -> int:
     return sum(worker.n_active + worker.n_waiting for worker in node.fleet.workers.values())
 
 
+def can_chat(worker: WorkerView) -> bool:
+    """Whether the model generates text, as far as is known: from its file, else from its worker file."""
+    if worker.claims:
+        return any(claim.present and claim.capability is Capability.TEXT_GENERATION for claim in worker.claims)
+    return worker.settings.model_format != "embedding"
+
+
 def ready_first(workers: Iterable[WorkerView]) -> Sequence[WorkerView]:
     """Models that can answer a chat, those that answer soonest first."""
     order = [ModelState.READY, ModelState.LOADING, ModelState.VERIFYING, ModelState.DOWNLOADING]
     return sorted(
-        (worker for worker in workers if worker.settings.model_format != "embedding"),
+        filter(can_chat, workers),
         key=lambda worker: (order.index(worker.state) if worker.state in order else len(order), not worker.asked),
     )

@@ -16,6 +16,7 @@ from datetime import datetime
 from infsvc.events import (
     Alert,
     BrokerStateChanged,
+    DeadLettersChanged,
     Event,
     LogLine,
     ModelProgress,
@@ -231,6 +232,8 @@ def _told(event: Event) -> tuple[str, str, str]:
                 event.type,
                 f"{report.get('pending_messages')} waiting, {report.get('active_processing')} active",
             )
+        case DeadLettersChanged():
+            return "debug", event.type, plural(event.n_kept, "dead letter")
         case ServiceHealth():
             return "debug", event.type, str(event.document.get("status", ""))
         case _:

@@ -166,11 +166,11 @@ async def test_the_theme_changes_and_the_matrix_with_it() -> None:
     app = sample_app(busy_node())
     async with app.run_test() as pilot:
         await pilot.pause()
-        before = app._fleet.matrix.get_row("demo")[1].style
+        before = app._fleet.table.get_row("demo")[1].style
         app.action_toggle_theme()
         await pilot.pause()
         assert app.theme == "infsvc-light"
-        assert app._fleet.matrix.get_row("demo")[1].style != before
+        assert app._fleet.table.get_row("demo")[1].style != before
 
 
 async def test_without_colour_glyph_and_word_still_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ async def test_without_colour_glyph_and_word_still_tell(monkeypatch: pytest.Monk
     async with app.run_test() as pilot:
         await pilot.pause()
         assert app.no_color
-        assert "✕ failed" in app._fleet.matrix.get_row("llama3-8b")[1].plain
+        assert "✕ failed" in app._fleet.table.get_row("llama3-8b")[1].plain
 
 
 def test_terminals_that_cannot_carry_a_screen_are_refused_with_the_way_out() -> None:

@@ -18,11 +18,11 @@ from tui.widgets.model_facts import ModelPanel
 
 
 def rows(app) -> list[str]:
-    return [row.key.value for row in app._fleet.matrix.ordered_rows]
+    return [row.key.value for row in app._fleet.table.ordered_rows]
 
 
 def cell(app, model: str, column: str) -> str:
-    return app._fleet.matrix.get_cell(model, column).plain.strip()
+    return app._fleet.table.get_cell(model, column).plain.strip()
 
 
 async def test_states_are_glyph_and_word() -> None:
@@ -50,7 +50,7 @@ async def test_only_changed_cells_are_written(monkeypatch: pytest.MonkeyPatch) -
     app = sample_app(node)
     async with app.run_test(size=(160, 48)) as pilot:
         await pilot.pause()
-        matrix = app._fleet.matrix
+        matrix = app._fleet.table
         written: list[Coordinate] = []
         update = matrix.update_cell_at
         monkeypatch.setattr(matrix, "update_cell_at", lambda at, value: (written.append(at), update(at, value)))
@@ -69,7 +69,7 @@ async def test_filter_narrows_by_name_state_and_capability_and_esc_shows_all() -
         assert rows(app) == ["demo", "qwen3-4b"]
         await pilot.press("escape", "slash", *"failed", "enter")
         assert rows(app) == ["llama3-8b"]
-        assert app._fleet.matrix.has_focus
+        assert app._fleet.table.has_focus
         await pilot.press("escape", "slash", *"zzz")
         assert rows(app) == []
         assert app._fleet.query_one("#models").has_class("-empty")
@@ -81,11 +81,11 @@ async def test_sort_goes_round_and_the_cursor_stays_on_its_model() -> None:
     app = sample_app(busy_node())
     async with app.run_test() as pilot:
         await pilot.press("down", "down", "down")
-        assert app._fleet.matrix.chosen == "llama3-8b"
+        assert app._fleet.table.chosen == "llama3-8b"
         await pilot.press("s")
         assert rows(app)[0] == "demo"
         assert rows(app)[-2:] == ["gpt-oss-20b", "nomic-embed-v1.5"]
-        assert app._fleet.matrix.chosen == "llama3-8b"
+        assert app._fleet.table.chosen == "llama3-8b"
         await pilot.press("s")
         assert rows(app)[0] == "gemma3-270m"
         await pilot.press("s", "s", "s")
@@ -98,7 +98,7 @@ async def test_rows_follow_the_order_as_figures_change() -> None:
     async with app.run_test() as pilot:
         await pilot.press("s", "s")
         node.fleet.workers["qwen3-4b"].n_waiting = 99
-        app._fleet.matrix.resort()
+        app._fleet.table.resort()
         assert rows(app)[0] == "qwen3-4b"
 
 
@@ -139,7 +139,7 @@ async def test_ten_thousand_models_leave_the_screen_quick(until) -> None:
     workers = crowd(10_000)
     app = sample_app(SampleNode(*workers))
     async with app.run_test(size=(120, 32)) as pilot:
-        matrix = app._fleet.matrix
+        matrix = app._fleet.table
         await until(pilot, lambda: matrix.row_count >= 150)
         await pilot.press("down", "down")
         assert matrix.chosen == "model-00002"
@@ -154,7 +154,7 @@ async def test_ten_thousand_models_leave_the_screen_quick(until) -> None:
 async def test_ten_thousand_rows_all_come(until) -> None:
     app = sample_app(SampleNode(*crowd(10_000)))
     async with app.run_test(size=(120, 32)) as pilot:
-        matrix = app._fleet.matrix
+        matrix = app._fleet.table
         for _ in range(20):
             with contextlib.suppress(AssertionError):
                 await until(pilot, lambda: matrix.row_count == 10_000)
@@ -182,12 +182,12 @@ async def test_resize_there_and_back(until) -> None:
     async with app.run_test(size=(160, 48)) as pilot:
         await pilot.press("down")
         await pilot.resize_terminal(50, 14)
-        await until(pilot, lambda: len(app._fleet.matrix.columns) == 4)
+        await until(pilot, lambda: len(app._fleet.table.columns) == 4)
         await pilot.resize_terminal(30, 8)
-        await until(pilot, lambda: not app._fleet.matrix.region)
+        await until(pilot, lambda: not app._fleet.table.region)
         await pilot.resize_terminal(160, 48)
-        await until(pilot, lambda: len(app._fleet.matrix.columns) == 15)
-        assert app._fleet.matrix.chosen == "gemma3-270m"
+        await until(pilot, lambda: len(app._fleet.table.columns) == 15)
+        assert app._fleet.table.chosen == "gemma3-270m"
 
 
 async def test_a_model_that_comes_or_goes_is_seen() -> None:
@@ -211,7 +211,7 @@ async def test_names_with_markup_are_shown_as_they_are() -> None:
     app = sample_app(node)
     async with app.run_test() as pilot:
         await pilot.pause()
-        assert app._fleet.matrix.get_row(worker.name)[0].plain.strip().startswith("[red]x[/][2J")
+        assert app._fleet.table.get_row(worker.name)[0].plain.strip().startswith("[red]x[/][2J")
         await pilot.press("enter")
         await pilot.pause()
         assert "broke [/oops]" in str(app.screen.query_one("#facts").render())

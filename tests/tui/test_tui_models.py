@@ -54,7 +54,7 @@ async def test_a_pull_shows_percent_rate_and_time_left_on_both_screens(until) ->
         assert "105.0 MiB of 250.0 MiB, 12.5 MiB/s, 12 s left" in str(app._models.query_one("#file").render())
         await pilot.press("f1")
         app._fleet.look()
-        assert app._fleet.matrix.get_cell("gpt-oss-20b", "state").plain.strip() == "◐ pull 42 % 12.5 MiB/s 12 s"
+        assert app._fleet.table.get_cell("gpt-oss-20b", "state").plain.strip() == "◐ pull 42 % 12.5 MiB/s 12 s"
 
 
 async def test_keys_ask_the_node_and_removal_asks_the_user(until) -> None:

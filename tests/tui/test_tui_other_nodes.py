@@ -29,7 +29,7 @@ async def test_other_nodes_models_are_marked_and_filtered(size: tuple[int, int])
         assert len(line.rstrip()) <= size[0]
         if size[0] >= 80:
             assert "critical" in line
-        app._fleet.matrix.filter_text = "demo"
+        app._fleet.table.filter_text = "demo"
         app._fleet.look()
         assert not others.display
 
@@ -45,4 +45,4 @@ async def test_many_leave_room_for_the_own_models() -> None:
         lines = str(app._fleet.query_one(OtherNodes).render()).splitlines()
         assert len(lines) == MAX_LINES
         assert lines[-1] == f"… {50 - MAX_LINES + 1} more on other nodes: infsvc monitor"
-        assert app._fleet.matrix.size.height >= 4
+        assert app._fleet.table.size.height >= 4

@@ -16,10 +16,11 @@ from tui_sample import (
     SampleWorker,
     busy_node,
     demo_worker,
+    queue_node,
     sample_app,
 )
 
-from infsvc.errors import ContextLengthExceeded
+from infsvc.errors import ContextLengthExceeded, QueueUnavailable
 from infsvc.events import LogLine
 from infsvc.types import ModelState
 from tui.app import InfsvcApp
@@ -245,6 +246,52 @@ def test_logs_full(snap_compare: Picture, size: tuple[int, int]) -> None:
 def test_logs_searched(snap_compare: Picture, size: tuple[int, int]) -> None:
     run = typing("f5", "slash", *"llama", "enter", then=started)
     assert snap_compare(sample_app(full_log()), terminal_size=size, run_before=run)
+
+
+def listed(app: InfsvcApp) -> bool:
+    """Whether the Queue screen has read what there is."""
+    return started(app) and app.screen_stack[0]._dead.was_read and not app.screen_stack[0]._changed
+
+
+@SIZES
+def test_queue_empty(snap_compare: Picture, size: tuple[int, int]) -> None:
+    assert snap_compare(sample_app(queue_node()), terminal_size=size, run_before=typing("f6", then=listed))
+
+
+@SIZES
+def test_queue_filled(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("f6", "down", "down", then=listed)
+    assert snap_compare(sample_app(queue_node(60)), terminal_size=size, run_before=run)
+
+
+@SIZES
+def test_queue_broker_down(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = queue_node()
+    node.bus.state = SampleBusState(status="down", reason="connection refused", retry_in_s=3.2)
+    node.durable.dead.error = QueueUnavailable("there is no connection to the broker")
+    for queue in node.queue_desk.queues:
+        queue |= {"durable": False, "reason": "there is no connection to the broker"}
+        for figure in ("waiting", "taken", "redelivered", "oldest_s", "spooled"):
+            queue.pop(figure, None)
+    run = typing("f6", then=lambda app: started(app) and app.screen_stack[0]._dead.problem)
+    assert snap_compare(sample_app(node), terminal_size=size, run_before=run)
+
+
+def test_queue_narrow(snap_compare: Picture) -> None:
+    assert snap_compare(sample_app(queue_node(60)), terminal_size=(40, 10), run_before=typing("f6", then=listed))
+
+
+@SIZES
+def test_dead_letter(snap_compare: Picture, size: tuple[int, int]) -> None:
+    def written(app: InfsvcApp) -> bool:
+        logs = app.screen.query("#body")
+        return bool(logs) and logs.first().line_count > 4
+
+    async def run(pilot: Pilot[Any]) -> None:
+        await typing("f6", then=listed)(pilot)
+        await typing("enter", then=written)(pilot)
+
+    assert snap_compare(sample_app(queue_node(60)), terminal_size=size, run_before=run)
 
 
 @SIZES

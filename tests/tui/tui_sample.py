@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Self
 
 from engine.capabilities import CapabilityClaim
 from engine.model_info import ModelInfo
-from infsvc.errors import UnknownModel
+from infsvc.errors import NotFound, UnknownModel
 from infsvc.events import Event, EventBus, LogLine, ModelStateChanged, RequestFinished
 from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
@@ -239,6 +240,148 @@ class SampleRegistry:
     roster: Roster = field(default_factory=Roster)
 
 
+@dataclass(kw_only=True)
+class SampleLetter:
+    """A dead letter; its body is what the test says."""
+
+    id: int
+    model: str = "demo"
+    req_id: str | None = "r-1"
+    reason: str = "the engine failed: it died in the middle of a step"
+    n_delivered: int = 5
+    died_ts: float = NOW.timestamp() - 60
+    subject: str = "inference.queue.demo"
+    body: Any = field(default_factory=lambda: {"req_id": "r-1", "input": "What is backpressure?"})
+
+    @property
+    def n_bytes(self) -> int:
+        return len(json.dumps(self.body))
+
+    def wire(self) -> dict[str, Any]:
+        return {"id": self.id, "body": self.body}
+
+
+class SampleDead:
+    """Letters in memory; with `error` every call raises it. `replay_error` makes a replay fail."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.letters: dict[int, SampleLetter] = {}
+        self.n_kept: int | None = None
+        self.error: Exception | None = None
+        self.replay_error: Exception | None = None
+        self.n_read = 0
+        self.hold: asyncio.Event | None = None
+        self._calls = calls
+
+    def put(self, *letters: SampleLetter) -> None:
+        self.letters |= {letter.id: letter for letter in letters}
+        self.n_kept = len(self.letters)
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def heads(self, *, after: int = 0) -> AsyncIterator[list[SampleLetter]]:
+        self._check()
+        self.n_read += 1
+        wanted = [letter for number, letter in self.letters.items() if number > after]
+        for start in range(0, len(wanted), 500):
+            yield wanted[start : start + 500]
+            await asyncio.sleep(0)
+
+    async def count(self) -> int:
+        self._check()
+        return len(self.letters)
+
+    async def letter(self, number: int) -> SampleLetter:
+        self._check()
+        if number not in self.letters:
+            raise NotFound(f"there is no dead letter {number}")
+        return self.letters[number]
+
+    async def replay(self, number: int) -> None:
+        self._check()
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.replay_error is not None:
+            raise self.replay_error
+        self._calls.append(f"replay {number}")
+        self._remove(number)
+
+    async def delete(self, number: int) -> None:
+        self._check()
+        self._calls.append(f"delete {number}")
+        self._remove(number)
+
+    def _remove(self, number: int) -> None:
+        del self.letters[number]
+        self.n_kept = len(self.letters)
+
+
+@dataclass
+class SampleDurable:
+    dead: SampleDead
+
+
+class SampleDesk:
+    """Queues as the broker would have them."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self.queues: list[dict[str, Any]] = []
+        self.n_asked = 0
+        self._calls = calls
+
+    async def overview(self) -> list[dict[str, Any]]:
+        self.n_asked += 1
+        return [dict(queue) for queue in self.queues]
+
+    async def purge(self, model: str) -> int:
+        self._calls.append(f"purge {model}")
+        return 12
+
+
+def sample_queue(model: str, **more: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "capacity": 2000,
+        "max_age_s": 86400.0,
+        "max_deliver": 5,
+        "max_ack_pending": 64,
+        "durable": True,
+        "waiting": 0,
+        "taken": 0,
+        "redelivered": 0,
+        "spooled": 0,
+    } | more
+
+
+def queue_node(n_letters: int = 0) -> SampleNode:
+    """A node with two queues at work, and dead letters of three kinds."""
+    node = busy_node()
+    node.queue_desk.queues = [
+        sample_queue("demo", waiting=12, taken=4, redelivered=2, oldest_s=3.2),
+        sample_queue("gemma3-270m", waiting=1_204, taken=2, oldest_s=7_412.0, spooled=3),
+    ]
+    kinds = (
+        ("demo", "the engine failed: it died in the middle of a step", 5),
+        ("gemma3-270m", "expired in the queue: it waited longer than QUEUE_MAX_AGE, 86400 s", 0),
+        ("demo", "bad_request: it names neither reply_to nor req_id, so nobody can be told", 1),
+    )
+    letters = []
+    for number in range(1, n_letters + 1):
+        model, reason, tries = kinds[number % 3]
+        req_id = None if number % 3 == 2 else f"order-{number:05}"
+        letters.append(
+            SampleLetter(
+                id=number, model=model, req_id=req_id, reason=reason, n_delivered=tries,
+                died_ts=NOW.timestamp() - 3600 + number, subject=f"inference.queue.{model}",
+                body={"req_id": req_id, "input": f"Please sort parcel {number}", "params": {"max_tokens": 64}},
+            )
+        )  # fmt: skip
+    node.durable.dead.put(*letters)
+    return node
+
+
 class SampleNode:
     """Records what is asked of it in `calls`; `start_error` makes its start fail."""
 
@@ -251,6 +394,8 @@ class SampleNode:
         self.registry = SampleRegistry()
         self.gateway_url = "http://127.0.0.1:5780"
         self.calls: list[str] = []
+        self.durable = SampleDurable(SampleDead(self.calls))
+        self.queue_desk = SampleDesk(self.calls)
         self.start_error: Exception | None = None
         self.load_error: Exception | None = None
         self.entered = False

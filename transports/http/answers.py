@@ -352,8 +352,12 @@ class QueueFacts(Wire):
     subject: str
     stream: str
     capacity: int
+    max_age_s: float
+    max_deliver: int
+    max_ack_pending: int
     durable: bool
     reason: str | None = None
+    oldest_s: float | None = None
     waiting: int | None = None
     taken: int | None = None
     redelivered: int | None = None

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +22,16 @@ from nats.aio.msg import Msg
 from infsvc import subjects
 from infsvc.errors import BadRequest, NotFound, QueueFull, QueueUnavailable
 from infsvc.types import new_req_id
-from transports.nats.jetstream import FULL, STREAM_NOT_FOUND, JetStream, JetStreamFault, Kept, election_s
+from transports.nats.bus import bounded
+from transports.nats.jetstream import (
+    FULL,
+    SIZE_HEADER,
+    STREAM_NOT_FOUND,
+    JetStream,
+    JetStreamFault,
+    Kept,
+    election_s,
+)
 from transports.nats.messages import named, read_object
 from transports.nats.puller import Puller
 from transports.nats.streams import (
@@ -42,20 +51,23 @@ _DELETED = "Unacknowledged message was deleted"
 """The broker's reason where a message left its stream by itself or by another's hand."""
 _MODEL, _REASON, _STREAM = "Infsvc-Dead-Model", "Infsvc-Dead-Reason", "Infsvc-Dead-Stream"
 _SEQ, _DELIVERIES, _SUBJECT = "Infsvc-Dead-Seq", "Infsvc-Dead-Deliveries", "Infsvc-Dead-Subject"
+_REQ_ID = "Infsvc-Dead-Req-Id"
 _KEPT_HEADERS = (subjects.REPLY_HEADER, subjects.TRACE_HEADER, subjects.REQ_ID_HEADER)
+_LEAVE_S = 0.5
+_SOON_S, _LOOK_S = 0.1, 30.0
+"""Letters that come or go together are counted together; what nobody told of is found at the latest then."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeadLetter:
-    """One request that could not be answered.
+class DeadHead:
+    """A dead letter without its body, as a list shows it.
 
     Attributes:
         id: its number, which replay and delete name.
         reason: what went wrong the last time.
         n_delivered: how often it was tried.
-        subject: the queue it lay in.
         died_ts: when, in seconds since the epoch.
-        body: the message as it came.
+        n_bytes: the size of its body.
     """
 
     id: int
@@ -63,8 +75,20 @@ class DeadLetter:
     req_id: str | None
     reason: str
     n_delivered: int
-    subject: str
     died_ts: float
+    n_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLetter(DeadHead):
+    """One request that could not be answered.
+
+    Attributes:
+        subject: the queue it lay in.
+        body: the message as it came.
+    """
+
+    subject: str
     body: bytes
     headers: dict[str, str]
 
@@ -96,6 +120,7 @@ class DeadLetters:
             its caller; whether the message is dead indeed.
         reopen: called before a replay (model, req_id): lets the request be executed again.
         n_replicas: copies of the streams in a cluster.
+        counted: called with how many there are, each time a letter came or went on any node.
     """
 
     def __init__(
@@ -106,9 +131,13 @@ class DeadLetters:
         close_case: Callable[[str, Kept, str], Awaitable[bool]],
         reopen: Callable[[str, str], Awaitable[None]],
         n_replicas: int = 1,
+        counted: Callable[[int], None],
     ) -> None:
         self._n_replicas = n_replicas
-        self._js, self._tell, self._close_case, self._reopen = js, tell, close_case, reopen
+        self._js, self._tell, self._close_case, self._reopen, self._counted = js, tell, close_case, reopen, counted
+        self.n_kept: int | None = None
+        self._state: tuple[int, ...] | None = None
+        self._moved = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._puller = Puller(
             ADVISORIES,
@@ -125,8 +154,35 @@ class DeadLetters:
         await self._js.have_consumer(ADVISORIES, advisory_consumer())
 
     async def run(self, nc: Client) -> None:
-        """Reads advisories over one connection until it is cancelled; raises `ConsumerGone`."""
-        await self._puller.run(nc)
+        """Reads advisories, and counts, over one connection until it is cancelled; raises `ConsumerGone`."""
+        # The stream's own subject tells of what any node buries; nobody but the nodes tells of what goes.
+        heard = [await nc.subscribe(subject, cb=self._hear) for subject in (subjects.dead("*"), subjects.DEAD_GONE)]
+        counter = asyncio.create_task(self._count_forever(), name="dead-letters-count")
+        try:
+            await self._puller.run(nc)
+        finally:
+            counter.cancel()
+            await asyncio.gather(counter, return_exceptions=True)
+            if not nc.is_closed:
+                for subscription in heard:
+                    await bounded(subscription.unsubscribe(), _LEAVE_S)
+
+    async def _hear(self, message: Msg) -> None:
+        self._moved.set()
+
+    async def _count_forever(self) -> None:
+        while True:
+            self._moved.clear()
+            with suppress(JetStreamFault):
+                state = (await self._js.call(f"STREAM.INFO.{DEAD}"))["state"]
+                now = (int(state["messages"]), int(state["first_seq"]), int(state["last_seq"]))
+                if now != self._state:
+                    self._state, self.n_kept = now, now[0]
+                    self._counted(now[0])
+            await asyncio.sleep(_SOON_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._moved.wait()
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -155,6 +211,9 @@ class DeadLetters:
             _SUBJECT: subject,
             subjects.MSG_ID_HEADER: f"dead:{stream}:{seq}",
         }
+        req_id = _letter(Kept(subject, seq, body, marks, 0.0)).req_id
+        if req_id is not None and _is_plain(req_id):
+            marks[_REQ_ID] = req_id
         stored = await self._js.publish(subjects.dead(model), body, marks)
         if stored.duplicate:
             return
@@ -189,6 +248,24 @@ class DeadLetters:
                     letters.append(letter)
         return letters
 
+    async def heads(self, *, after: int = 0) -> AsyncIterator[list[DeadHead]]:
+        """Every letter behind an id, in order of death and some hundred at a time, without bodies.
+
+        Raises:
+            QueueUnavailable: the broker cannot be asked.
+        """
+        with _plainly():
+            async for batch in self._js.heads(DEAD, after):
+                yield [_head(kept) for kept in batch]
+
+    async def letter(self, number: int) -> DeadLetter:
+        """One letter with its body; raises `NotFound`, `QueueUnavailable`."""
+        with _plainly():
+            kept = await self._js.message(DEAD, number)
+        if kept is None:
+            raise _no_letter(number)
+        return _letter(kept)
+
     async def count(self) -> int:
         """How many there are; raises `QueueUnavailable`."""
         with _plainly():
@@ -199,6 +276,7 @@ class DeadLetters:
         with _plainly():
             if not await self._js.delete(DEAD, number):
                 raise _no_letter(number)
+            await self._js.send(subjects.DEAD_GONE)
 
     async def replay(self, number: int) -> DeadLetter:
         """Puts a letter's request back into its queue, to be answered where it says.
@@ -227,6 +305,7 @@ class DeadLetters:
                     raise QueueFull(model=letter.model, n_waiting=0, capacity=0, retry_after_s=5) from None
                 raise
             await self._js.delete(DEAD, number)
+            await self._js.send(subjects.DEAD_GONE)
             return letter
 
     def _take_advisory(self, message: Msg) -> None:
@@ -308,11 +387,30 @@ def _letter(kept: Kept) -> DeadLetter:
         req_id=req_id or headers.get(subjects.REQ_ID_HEADER),
         reason=headers.get(_REASON, ""),
         n_delivered=int(headers.get(_DELIVERIES, "0")),
-        subject=headers.get(_SUBJECT, ""),
         died_ts=kept.stored_s,
+        n_bytes=len(kept.data),
+        subject=headers.get(_SUBJECT, ""),
         body=kept.data,
         headers=headers,
     )
+
+
+def _head(kept: Kept) -> DeadHead:
+    headers = kept.headers
+    return DeadHead(
+        id=kept.seq,
+        model=headers.get(_MODEL, kept.subject.rpartition(".")[2]),
+        req_id=headers.get(_REQ_ID) or headers.get(subjects.REQ_ID_HEADER),
+        reason=headers.get(_REASON, ""),
+        n_delivered=int(headers.get(_DELIVERIES, "0")),
+        died_ts=kept.stored_s,
+        n_bytes=int(headers.get(SIZE_HEADER, "0")),
+    )
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a header can carry it."""
+    return len(text) <= 255 and text.isprintable() and text == text.strip()
 
 
 def _no_letter(number: int) -> NotFound:

@@ -27,15 +27,16 @@ from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
 from infsvc.errors import GivenUp, QueueUnavailable, RequestError
-from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
+from infsvc.events import Alert, DeadLettersChanged, Event, ModelStateChanged, RequestFinished
 from infsvc.types import ModelState
 from transports.nats.bus import Bus, heeding
 from transports.nats.dead_letters import DeadLetter, DeadLetters
 from transports.nats.exchange import Exchange, Exchanges, exchange_of
+from transports.nats.expiry import Expiry, expired
 from transports.nats.intake import Intake
 from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept, election_s
 from transports.nats.messages import encode, named, read_object
-from transports.nats.once import OnceBook, Overtaken
+from transports.nats.once import OnceBook, Overtaken, answer_of, body_hash
 from transports.nats.puller import ConsumerGone
 from transports.nats.spool import Spool, name_of
 from transports.nats.streams import (
@@ -97,6 +98,7 @@ class Durable:
             tell=self._tell_dead,
             close_case=self._close_case,
             reopen=self._reopen,
+            counted=lambda n: bus.events.publish(DeadLettersChanged(n_kept=n)),
             n_replicas=n_replicas,
         )
         self._lanes: dict[str, _Lane] = {}
@@ -283,6 +285,7 @@ class Durable:
                 book=book,
                 exchanges=self._exchanges,
                 service=self._service,
+                depth=queue.depth,
                 on_put=queue.look,
             )
             spool = Spool(worker, js=self.js, book=book, intake=intake, exchanges=self._exchanges)
@@ -313,7 +316,8 @@ class Durable:
                 lane.made = True
                 self._judge(lane, None)
                 runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
-                await _all(*runs, self._look_for_foreign(lane.worker))
+                expiry = Expiry(lane.worker, self.js, expire=self._expire)
+                await _all(*runs, expiry.run(), self._look_for_foreign(lane.worker))
             except (JetStreamFault, ConsumerGone, NatsError) as error:
                 if isinstance(error, JetStreamFault) and not lane.made and self._waits_for_a_leader(error):
                     await asyncio.sleep(_RETRY_S)
@@ -451,14 +455,40 @@ class Durable:
         of = f" {letter.req_id}" if letter.req_id else ""
         await self._alert(letter.model, "critical", f"request{of} for {letter.model} is a dead letter: {letter.reason}")
 
-    async def _close_case(self, model: str, kept: Kept, reason: str) -> bool:
-        """Answers the caller of a message that the broker gave up on; False when it was answered after all."""
+    async def _expire(self, worker: Worker, kept: Kept) -> None:
+        """Ends a message that no node was given in time: kept as a dead letter first, then taken out of the queue; the
+        one node that took it out tells the caller. A repeat of what was answered is answered so."""
+        settings, late = worker.settings, expired(worker.settings)
+        exchange = exchange_of(worker, kept)
+        if exchange.req_id is not None and exchange.request is not None:
+            record = await OnceBook(self.js, once_bucket(settings)).read(exchange.req_id)
+            if record is not None and record.state == "done" and record.body == body_hash(exchange.body):
+                if await self.js.delete(settings.stream_name, kept.seq):
+                    await self._exchanges.repeat(exchange, answer_of(record, exchange.req_id))
+                return
+        await self.dead.bury(
+            model=worker.name,
+            reason=str(late),
+            stream=settings.stream_name,
+            seq=kept.seq,
+            subject=settings.queue_subject,
+            n_delivered=0,
+            body=kept.data,
+            headers=kept.headers,
+        )
+        if await self.js.delete(settings.stream_name, kept.seq):
+            if exchange.request is not None:
+                self._service.refused(exchange.inference(queued=True), late)
+            await self._close_case(worker.name, kept, str(late), late)
+
+    async def _close_case(self, model: str, kept: Kept, reason: str, error: RequestError | None = None) -> bool:
+        """Answers the caller of a message that was given up; False when it was answered after all."""
         worker = self._fleet.workers.get(model)
         if worker is None:
             return True
         exchange = exchange_of(worker, kept)
         req_id = exchange.req_id
-        error = GivenUp(f"the request is kept as a dead letter: {reason}")
+        error = error or GivenUp(f"the request is kept as a dead letter: {reason}")
         if req_id is not None:
             book = OnceBook(self.js, once_bucket(worker.settings))
             record = await book.read(req_id)

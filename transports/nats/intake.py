@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-from engine.service import InferenceService, retry_after_s
+from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import Conflict, QueueFull, QueueUnavailable, TooLarge
+from infsvc.errors import Conflict, QueueUnavailable, TooLarge
 from infsvc.types import new_req_id
 from transports.nats.bus import Bus
+from transports.nats.depth import Depth
 from transports.nats.exchange import Exchange, Exchanges
 from transports.nats.jetstream import FULL, TOO_LARGE, JetStream, JetStreamFault, Stored
 from transports.nats.once import OnceBook, answer_of
@@ -30,6 +31,7 @@ class Intake:
     """Puts requests into a model's queue. Loop thread only.
 
     Args:
+        depth: has a place for each that is put.
         on_put: called after each that is in.
     """
 
@@ -42,11 +44,12 @@ class Intake:
         book: OnceBook,
         exchanges: Exchanges,
         service: InferenceService,
+        depth: Depth,
         on_put: Callable[[], None],
     ) -> None:
         self.worker, self.book = worker, book
         self._bus, self._js, self._exchanges, self._service = bus, js, exchanges, service
-        self._on_put = on_put
+        self._depth, self._on_put = depth, on_put
 
     def fits(self, exchange: Exchange) -> bool:
         """Whether the broker takes the message a second time, with the headers of the queue."""
@@ -59,11 +62,8 @@ class Intake:
             QueueFull, QueueUnavailable, TooLarge: it is not in the queue.
             Conflict: its `req_id` is known with another body.
         """
-        worker, settings = self.worker, self.worker.settings
         if not self.fits(exchange):
             raise TooLarge(self._bus.max_payload - HEADERS_BYTES)
-        if worker.n_waiting >= settings.queue_max_msgs:
-            raise self._full(worker.n_waiting)
         headers = {
             key: exchange.headers[key]
             for key in (subjects.TRACE_HEADER, subjects.DEADLINE_HEADER)
@@ -74,7 +74,7 @@ class Intake:
         if exchange.req_id is None:
             exchange.req_id = exchange.called or new_req_id()
             headers[subjects.REQ_ID_HEADER] = exchange.req_id
-        msg_id = subjects.msg_id(worker.name, exchange.req_id)
+        msg_id = subjects.msg_id(self.worker.name, exchange.req_id)
         stored = await self._store(exchange, headers | {subjects.MSG_ID_HEADER: msg_id})
         if stored.duplicate:
             with suppress(JetStreamFault):
@@ -114,14 +114,19 @@ class Intake:
         return error
 
     async def _store(self, exchange: Exchange, headers: dict[str, str]) -> Stored:
-        """Publishes into the queue. Without an answer it is tried again: the id makes that harmless."""
+        """Publishes into the queue, where there is room."""
+        async with self._depth.place():
+            return await self._publish(exchange, headers)
+
+    async def _publish(self, exchange: Exchange, headers: dict[str, str]) -> Stored:
+        """Without an answer it is tried again: the id makes that harmless."""
         for n_left in reversed(range(_N_TRIES)):
             again = n_left < _N_TRIES - 1
             try:
                 stored = await self._js.publish(exchange.queue_subject, exchange.data, headers)
             except JetStreamFault as fault:
                 if fault.err_code == FULL:
-                    raise self._full(self.worker.settings.queue_max_msgs) from None
+                    raise self._depth.full(self.worker.settings.queue_max_msgs) from None
                 if fault.err_code == TOO_LARGE or "payload" in str(fault).lower():
                     raise TooLarge(self._bus.max_payload - HEADERS_BYTES) from None
                 if not fault.unanswered or not n_left:
@@ -130,11 +135,3 @@ class Intake:
             else:
                 return Stored(stored.seq, stored.duplicate and not again)
         raise AssertionError("unreachable")
-
-    def _full(self, n_waiting: int) -> QueueFull:
-        return QueueFull(
-            model=self.worker.name,
-            n_waiting=n_waiting,
-            capacity=self.worker.settings.queue_max_msgs,
-            retry_after_s=retry_after_s(self.worker),
-        )

@@ -10,12 +10,14 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.parser import BytesParser
 from typing import Any, TypeVar
 
+from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -46,8 +48,13 @@ _RETRY_S = 0.2
 
 T = TypeVar("T")
 
+SIZE_HEADER = "Nats-Msg-Size"
+"""Beside a head: the bytes of the body that was left out."""
+
 _API = "$JS.API"
 _CALL_S = 3.0
+_N_HEADS = 500
+_HEADS_IDLE_S = 30.0
 _SETTLED = frozenset({"metadata", "name", "durable_name", "consumer_limits"})
 """Fields of a configuration that the broker fills in or that others may choose."""
 
@@ -153,7 +160,53 @@ class JetStream:
         lines = base64.b64decode(message.get("hdrs", "")).partition(b"\r\n")[2]
         headers = {key: str(value) for key, value in BytesParser().parsebytes(lines).items()}
         data = base64.b64decode(message.get("data", ""))
-        return Kept(message["subject"], int(message["seq"]), data, headers, _seconds(message["time"]))
+        return Kept(message["subject"], int(message["seq"]), data, headers, seconds_of(message["time"]))
+
+    async def heads(self, stream: str, after: int) -> AsyncIterator[list[Kept]]:
+        """The messages behind a number, oldest first and in batches, without their bodies: those may be megabytes each.
+        A head's size in bytes stands in its header `SIZE_HEADER`."""
+        nc = self._connected()
+        config = {
+            "ack_policy": "none",
+            "deliver_policy": "by_start_sequence",
+            "opt_start_seq": after + 1,
+            "headers_only": True,
+            "mem_storage": True,
+            "inactive_threshold": int(_HEADS_IDLE_S * 1e9),
+        }
+        made = await self.call(f"CONSUMER.CREATE.{stream}", {"stream_name": stream, "config": config})
+        inbox = nc.new_inbox()
+        try:
+            subscription = await nc.subscribe(inbox)
+            try:
+                n_left = int(made["num_pending"])
+                while n_left:
+                    await nc.publish(
+                        f"{_API}.CONSUMER.MSG.NEXT.{stream}.{made['name']}",
+                        json.dumps({"batch": _N_HEADS, "no_wait": True}).encode(),
+                        reply=inbox,
+                    )
+                    heads: list[Kept] = []
+                    while n_left and len(heads) < _N_HEADS:
+                        message = await subscription.next_msg(timeout=_CALL_S)
+                        if (message.headers or {}).get("Status"):
+                            n_left = 0  # what was there at the beginning went meanwhile
+                            break
+                        told = message.metadata
+                        n_left = told.num_pending
+                        stored_s = told.timestamp.timestamp()
+                        heads.append(Kept(message.subject, told.sequence.stream, b"", message.headers or {}, stored_s))
+                    yield heads
+            finally:
+                if not nc.is_closed:
+                    await subscription.unsubscribe()
+        except TimeoutError:
+            raise JetStreamFault(f"the broker did not answer within {_CALL_S:g} s") from None
+        except (NatsError, OSError) as error:
+            raise JetStreamFault(str(error) or type(error).__name__) from None
+        finally:
+            with suppress(JetStreamFault):
+                await self.call(f"CONSUMER.DELETE.{stream}.{made['name']}")
 
     async def delete(self, stream: str, seq: int) -> bool:
         """Removes one message; whether it was there."""
@@ -214,10 +267,14 @@ class JetStream:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _request(self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float) -> Msg:
+    def _connected(self) -> Client:
         nc = self._bus.nc
         if nc is None or not nc.is_connected:
             raise JetStreamFault("there is no connection to the broker")
+        return nc
+
+    async def _request(self, subject: str, data: bytes, headers: dict[str, str] | None, timeout_s: float) -> Msg:
+        nc = self._connected()
         try:
             return await heeding(nc.request(subject, data, timeout=timeout_s, headers=headers))
         except NoRespondersError:
@@ -247,7 +304,7 @@ def _differs(there: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return any(there.get(key) != value for key, value in wanted.items() if key not in _SETTLED and value)
 
 
-def _seconds(timestamp: str) -> float:
+def seconds_of(timestamp: str) -> float:
     """The broker's RFC 3339 time, of nanoseconds, as seconds since the epoch."""
     whole, _, fraction = timestamp.rstrip("Z").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")

@@ -18,7 +18,7 @@ from infsvc.errors import QueueUnavailable, Removed
 from infsvc.types import CompletionReply
 from transports.nats.durable import Durable
 from transports.nats.exchange import Exchanges, exchange_of
-from transports.nats.jetstream import JetStreamFault, Kept
+from transports.nats.jetstream import JetStreamFault, Kept, seconds_of
 from transports.nats.streams import spool_stream
 from transports.nats.subscriptions import is_served
 
@@ -46,21 +46,38 @@ class QueueDesk:
                 "subject": settings.queue_subject,
                 "stream": settings.stream_name,
                 "capacity": settings.queue_max_msgs,
+                "max_age_s": settings.queue_max_age,
+                "max_deliver": settings.max_deliver,
+                "max_ack_pending": settings.max_ack_pending,
                 "durable": problem is None,
             }
+            if problem is None:
+                try:
+                    entry |= await self._figures(worker)
+                except JetStreamFault as fault:
+                    problem = str(fault)
+                    entry["durable"] = False
             if problem is not None:
                 entry["reason"] = problem
-            else:
-                with suppress(JetStreamFault):
-                    info = await self._durable.js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
-                    entry |= {"waiting": info["num_pending"], "taken": info["num_ack_pending"]}
-                    entry["redelivered"] = info["num_redelivered"]
-                    spool = await self._durable.js.call(f"STREAM.INFO.{spool_stream(settings).name}")
-                    entry["spooled"] = spool["state"]["messages"]
             if self._durable.foreign(worker.name):
                 entry["foreign_streams"] = list(self._durable.foreign(worker.name))
             shown.append(entry)
         return shown
+
+    async def _figures(self, worker: Worker) -> dict[str, Any]:
+        settings, call = worker.settings, self._durable.js.call
+        info = await call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
+        figures = {"waiting": info["num_pending"], "taken": info["num_ack_pending"]}
+        figures["redelivered"] = info["num_redelivered"]
+        queue = await call(f"STREAM.INFO.{settings.stream_name}")
+        if queue["state"]["messages"]:
+            # Both by the broker's clock.
+            oldest_s = seconds_of(queue["ts"]) - seconds_of(queue["state"]["first_ts"])
+            figures["oldest_s"] = round(max(0.0, oldest_s), 3)
+        with suppress(JetStreamFault):  # where an operator's own stream has the subject there is none
+            spool = await call(f"STREAM.INFO.{spool_stream(settings).name}")
+            figures["spooled"] = spool["state"]["messages"]
+        return figures
 
     async def cancel(self, req_id: str) -> bool:
         """Takes a request that no node has taken yet out of its queue; its caller is told. Whether this node did: of

@@ -56,7 +56,15 @@ def name_of(exchange: Exchange) -> str | None:
 class Spool:
     """A model's spool. Loop thread only."""
 
-    def __init__(self, worker: Worker, *, js: JetStream, book: OnceBook, intake: Intake, exchanges: Exchanges) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        js: JetStream,
+        book: OnceBook,
+        intake: Intake,
+        exchanges: Exchanges,
+    ) -> None:
         self._worker, self._js, self._book, self._intake, self._exchanges = worker, js, book, intake, exchanges
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -153,6 +161,7 @@ class Spool:
         if exchange.req_id is None:
             exchange.req_id = f"{model}-{seq}-{came_s:.3f}"
             headers[subjects.REQ_ID_HEADER] = exchange.req_id
+        headers[subjects.CAME_HEADER] = f"{came_s:.3f}"
         # An id that was used before this message came is a repeat, which the broker's window must not swallow.
         msg_id = subjects.msg_id(model, exchange.req_id if record is None else f"{exchange.req_id}:{seq}")
         return await self._intake.put_spooled(exchange, headers | {subjects.MSG_ID_HEADER: msg_id})

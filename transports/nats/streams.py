@@ -50,13 +50,12 @@ def once_bucket(settings: WorkerSettings) -> str:
     return f"{settings.stream_name}_ONCE"
 
 
+_SPOOL_SLACK_S = 7 * 86400.0
+"""How long after QUEUE_MAX_AGE a node may come up and still say what has expired in a spool."""
+
+
 def _each(*names: str) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _window_s(settings: WorkerSettings) -> float:
-    # The broker wants a window no longer than the stream's age, and no shorter than 100 ms.
-    return max(0.1, min(settings.dedupe_window, settings.queue_max_age))
 
 
 _QUEUE_WORDS = "infsvc: requests that wait for "
@@ -69,7 +68,8 @@ def model_of_queue(config: dict[str, Any]) -> str | None:
 
 
 def queue_stream(settings: WorkerSettings) -> StreamConfig:
-    """The queue itself."""
+    """The queue itself. The broker bounds what waits and what is worked on together, and nodes what waits; see `Depth`.
+    It has no age: what expires is ended in words; see `Expiry`."""
     return StreamConfig(
         num_replicas=settings.stream_replicas,
         name=settings.stream_name,
@@ -77,10 +77,11 @@ def queue_stream(settings: WorkerSettings) -> StreamConfig:
         subjects=_each(settings.queue_subject, subjects.queue(settings.model_name, embedding=True)),
         retention=RetentionPolicy.WORK_QUEUE,
         discard=DiscardPolicy.NEW,
-        max_msgs=settings.queue_max_msgs,
+        max_msgs=settings.queue_max_msgs + settings.max_ack_pending,
         max_msg_size=MAX_BODY_BYTES + 2**16,
-        max_age=settings.queue_max_age,
-        duplicate_window=_window_s(settings),
+        max_age=0,
+        # The broker takes none shorter than 100 ms.
+        duplicate_window=max(0.1, settings.dedupe_window),
         allow_direct=True,
     )
 
@@ -97,7 +98,8 @@ def queue_consumer(settings: WorkerSettings) -> ConsumerConfig:
 
 
 def spool_stream(settings: WorkerSettings) -> StreamConfig:
-    """What is published on the public subject. It answers nobody, so that callers get their answer and no receipt."""
+    """What is published on the public subject. It answers nobody, so that callers get their answer and no receipt. As
+    it takes every message, a caller is not told "no responders" at once while no node is up: its time-out tells it."""
     return StreamConfig(
         num_replicas=settings.stream_replicas,
         name=spool_name(settings),
@@ -107,7 +109,7 @@ def spool_stream(settings: WorkerSettings) -> StreamConfig:
         discard=DiscardPolicy.OLD,
         # Not max_bytes: the broker would set that much of its disk aside for each model.
         max_msgs=_MAX_SPOOLED,
-        max_age=settings.queue_max_age,
+        max_age=settings.queue_max_age + _SPOOL_SLACK_S,
         duplicate_window=0.1,
         no_ack=True,
     )

@@ -38,7 +38,9 @@ from infsvc.errors import (
 )
 from infsvc.types import ModelState
 from transports.nats.bus import Bus
+from transports.nats.depth import Depth
 from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.expiry import came_s, expired
 from transports.nats.jetstream import JetStream, JetStreamFault, election_s
 from transports.nats.once import OnceBook, Overtaken, Record, answer_of
 from transports.nats.puller import Puller
@@ -68,14 +70,18 @@ class Taken:
 
     Attributes:
         ack: where its acknowledgements go; a second delivery brings a new one.
+        came_s: when the broker took it, by its clock.
         waits: whether it waits for another message of the same request.
+        answered: whether its caller has all it will get.
     """
 
     exchange: Exchange
     seq: int
     ack: str
     n_delivered: int
+    came_s: float
     waits: bool = False
+    answered: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -83,6 +89,11 @@ class Taken:
     def admitted(self) -> bool:
         """Whether the engine counts it."""
         return self.exchange.started
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it counts as waiting here."""
+        return not self.admitted and not self.answered
 
 
 class WorkQueue:
@@ -112,7 +123,7 @@ class WorkQueue:
         self._instance, self._alive, self._bury = instance, alive, bury
         self._taken: dict[int, Taken] = {}
         self._claims: dict[str, Taken] = {}
-        self._n_pending = 0
+        self.depth = Depth(worker, js, changed=self._count)
         self._look = asyncio.Event()
         self._leaving = False
         settings = worker.settings
@@ -196,7 +207,7 @@ class WorkQueue:
     def _take(self, message: Msg) -> None:
         metadata = message.metadata
         seq = metadata.sequence.stream
-        self._n_pending = metadata.num_pending
+        self.depth.heard(metadata.num_pending)
         taken = self._taken.get(seq)
         if taken is not None:
             # The broker thought it lost. It is not: acknowledgements now go where the broker waits for them.
@@ -205,7 +216,8 @@ class WorkQueue:
         headers = message.headers or {}
         embeds = message.subject == subjects.queue(self.worker.name, embedding=True)
         exchange = Exchange(self.worker, message.data, headers, headers.get(subjects.REPLY_HEADER) or None, embeds)
-        taken = Taken(exchange, seq, message.reply, metadata.num_delivered)
+        came = came_s(headers, metadata.timestamp.timestamp())
+        taken = Taken(exchange, seq, message.reply, metadata.num_delivered, came)
         self._taken[seq] = taken
         taken.task = asyncio.create_task(self._serve(taken), name=f"queue-{self.worker.name}-{seq}")
         taken.task.add_done_callback(lambda _: self._forget(taken))
@@ -249,7 +261,7 @@ class WorkQueue:
                 raise BadRequest("it names neither reply_to nor req_id, so nobody can be told", param="req_id")
         except RequestError as error:
             if exchange.targets:
-                await self._exchanges.answer(exchange, error.native(exchange.req_id), patiently=True)
+                await self._answer(taken, error.native(exchange.req_id))
                 await self._acknowledge(taken)
             else:
                 await self._end_as_dead(taken, f"{error.code}: {error}")
@@ -268,13 +280,29 @@ class WorkQueue:
             # Who waited for the message itself knows that its owner has answered.
             if not (taken.waits and claim.seq == taken.seq):
                 await self._exchanges.repeat(exchange, answer_of(claim, exchange.req_id))
+            self._answered(taken)
             await self._flush()
             await self._acknowledge(taken)
             return
+        settings = self.worker.settings
+        if self.depth.now_s() - taken.came_s > settings.queue_max_age:
+            late = expired(settings)
+            self._service.refused(exchange.inference(queued=True), late)
+            await self._end_as_dead(taken, str(late), late)
+            return
         await self._execute(taken, claim)
 
+    def _answered(self, taken: Taken) -> None:
+        """What is answered counts as waiting no more, although the broker still has it for a moment."""
+        taken.answered = True
+        self._count()
+
+    async def _answer(self, taken: Taken, answer: dict[str, object]) -> None:
+        await self._exchanges.answer(taken.exchange, answer, patiently=True)
+        self._answered(taken)
+
     async def _refuse(self, taken: Taken, error: RequestError) -> None:
-        await self._exchanges.answer(taken.exchange, error.native(taken.exchange.req_id), patiently=True)
+        await self._answer(taken, error.native(taken.exchange.req_id))
         await self._flush()
         await self._acknowledge(taken)
 
@@ -370,7 +398,7 @@ class WorkQueue:
         if answer.get("finish_reason") == "cancelled" and self._is_ending:
             await self._give_back(taken)
             return
-        await self._exchanges.answer(exchange, answer, patiently=True)
+        await self._answer(taken, answer)
         await self._write_done(taken, answer, revision)
         await self._flush()
         await self._acknowledge(taken)
@@ -445,15 +473,16 @@ class WorkQueue:
                 await self._write(taken, "released", over=None)
             await self._nak(taken, min(2.0 ** (taken.n_delivered - 1), _LAST_DELAY_S))
             return
-        await self._end_as_dead(taken, reason)
+        words = f"failed {taken.n_delivered} times and is kept as a dead letter: {reason}"
+        await self._end_as_dead(taken, reason, GivenUp(words))
 
-    async def _end_as_dead(self, taken: Taken, reason: str) -> None:
+    async def _end_as_dead(self, taken: Taken, reason: str, error: RequestError | None = None) -> None:
+        """Buries a message; `error` is what its caller is told, if there is one."""
         exchange = taken.exchange
         await self._bury(taken, reason)
-        if exchange.targets:
-            words = f"failed {taken.n_delivered} times and is kept as a dead letter: {reason}"
-            answer = GivenUp(words).native(exchange.req_id)
-            await self._exchanges.answer(exchange, answer, patiently=True)
+        if error is not None and exchange.targets:
+            answer = error.native(exchange.req_id)
+            await self._answer(taken, answer)
             with suppress(JetStreamFault, Overtaken):
                 await self._write(taken, "done", over=None, answer=answer)
         await self._js.send(taken.ack, b"+TERM " + reason.replace("\n", " ").encode(errors="replace"))
@@ -467,18 +496,15 @@ class WorkQueue:
 
     async def _watch_depth(self) -> None:
         """Keeps the model's depth true: asks the broker at once after a change, else now and then."""
-        settings = self.worker.settings
         while True:
             with suppress(JetStreamFault):
-                info = await self._js.call(f"CONSUMER.INFO.{settings.stream_name}.{settings.queue_durable}")
-                self._n_pending = int(info["num_pending"])
-                self._count()
+                await self.depth.read()
             self._look.clear()
             await asyncio.sleep(_DEPTH_SOON_S)
             with suppress(TimeoutError):
-                async with asyncio.timeout(_DEPTH_BUSY_S if self._n_pending or self._taken else _DEPTH_IDLE_S):
+                async with asyncio.timeout(_DEPTH_BUSY_S if self.depth.n_pending or self._taken else _DEPTH_IDLE_S):
                     await self._look.wait()
 
     def _count(self) -> None:
-        n_here = sum(not taken.admitted for taken in self._taken.values())
-        self.worker.n_queued_durable = self._n_pending + n_here
+        n_here = sum(taken.waiting for taken in self._taken.values())
+        self.worker.n_queued_durable = self.depth.n_pending + n_here

@@ -74,10 +74,11 @@ class NodeScreen(Screen[None]):
         self.set_interval(self.LOOK_EVERY_S, self._look_if_seen, name=f"look-{self.NAME}")
 
     def on_screen_resume(self) -> None:
-        self.look()
+        self._look_if_seen()
 
     def _look_if_seen(self) -> None:
         if self.app.current_mode == self.NAME:
+            self.query_one(TabLine).count_dead(self.node.durable.dead.n_kept or 0)
             self.look()
 
     def on_resize(self, event: events.Resize) -> None:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 from typing import ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.widgets import Input, Static
 
-from tui.messages import ChatRequested, DetailRequested, LoadRequested, ModelHighlighted, PullRequested, UnloadRequested
 from tui.node_view import WorkerView
-from tui.screens.base import NodeScreen
-from tui.screens.dialogs import ModelDetail
+from tui.screens.list_screen import ModelListScreen
 from tui.widgets.capability_matrix import SORTS, CapabilityMatrix
 from tui.widgets.charts import LoadChart
 from tui.widgets.event_lines import EventLines
@@ -23,12 +19,12 @@ from tui.widgets.model_facts import ModelPanel
 from tui.widgets.other_nodes import OtherNodes
 from tui.wording import clean
 
-RESORT_EVERY = 4
 
-
-class FleetScreen(NodeScreen):
+class FleetScreen(ModelListScreen):
     NAME = "fleet"
     CSS_PATH = "fleet.tcss"
+    SORTS = SORTS
+    FILTER_HINT = "name, state, architecture or capability"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("l", "load", "load", id="fleet.load", tooltip="Load the model under the cursor"),
         Binding("u", "unload", "unload", id="fleet.unload", tooltip="Unload it, or stop its pull; asks if it works"),
@@ -40,45 +36,30 @@ class FleetScreen(NodeScreen):
         Binding("escape", "back", "back", show=False, id="fleet.back", tooltip="Close the filter"),
     ]  # fmt: skip
 
-    _n_looks = 0
-
     def compose_body(self) -> ComposeResult:
-        with Vertical(id="models") as models:
+        with Vertical(id="models", classes="list") as models:
             models.border_title = "Models"
             yield CapabilityMatrix(self.node.fleet.workers, id="matrix")
-            yield Static("", id="nothing")
+            yield from self.empty_line()
             yield OtherNodes(self.node.registry)
         with Horizontal(id="below"):
             with Vertical(id="chart"):
                 yield LoadChart()
             yield ModelPanel("", id="panel")
         yield EventLines(self.node.events)
-        yield Input(placeholder="name, state, architecture or capability", id="filter", compact=True)
+        yield from self.filter_line()
 
     def on_mount(self) -> None:
         self.query_one("#panel").border_title = "Detail"
-        self.query_one("#filter", Input).cursor_blink = self.context.animate
-        self.query_one(CapabilityMatrix).focus()
-
-    @property
-    def matrix(self) -> CapabilityMatrix:
-        return self.query_one(CapabilityMatrix)
-
-    @property
-    def chosen(self) -> WorkerView | None:
-        return self.node.fleet.workers.get(self.matrix.chosen or "")
 
     def look(self) -> None:
-        self.matrix.look()
-        self._n_looks += 1
-        if self.matrix.sort_by != "name" and self._n_looks % RESORT_EVERY == 0:
-            self.matrix.resort()
-        self.query_one(OtherNodes).look(filter_text=self.matrix.filter_text)
-        self._say_when_empty()
-        self._show_chosen()
+        self.look_at_table()
+        self.query_one(OtherNodes).look(filter_text=self.table.filter_text)
+        self.say_when_empty()
+        self.show_chosen()
         self.query_one(EventLines).look()
 
-    def _show_chosen(self) -> None:
+    def show_chosen(self) -> None:
         worker = self.chosen
         panel = self.query_one(ModelPanel)
         panel.show(worker, n_lines=max(1, panel.content_size.height or 6))
@@ -90,86 +71,23 @@ class FleetScreen(NodeScreen):
             )
             self.query_one(LoadChart).draw(worker)
 
-    def _say_when_empty(self) -> None:
+    def empty_words(self) -> str:
         if not self.node.fleet.workers:
-            told = (
+            return (
                 "There is no model yet.\n\n"
                 "A file envs/worker.<name>.env makes one; `infsvc models list` shows those that ship."
             )
-        elif not self.matrix.matches_any:
-            told = f"Nothing matches “{self.matrix.filter_text}”.\n\nEsc shows all models again."
-        else:
-            told = ""
-        self.query_one("#nothing", Static).update(Content(told))
-        self.query_one("#models").set_class(bool(told), "-empty")
+        if not self.table.matches_any:
+            return f"Nothing matches “{self.table.filter_text}”.\n\nEsc shows all models again."
+        return ""
 
-    def _tell_order(self) -> None:
-        matrix, parts = self.matrix, []
-        if matrix.filter_text:
-            parts.append(f"{matrix.row_count}/{len(self.node.fleet.workers)} match “{matrix.filter_text}”")
-        if matrix.sort_by != SORTS[0]:
-            parts.append(f"sorted by {matrix.sort_by}")
-        self.tell("  ".join(parts))
-
-    def on_resize(self, event: events.Resize) -> None:
-        # The parts get their new sizes with the next layout.
-        self.call_after_refresh(self.look)
-
-    def on_model_highlighted(self, message: ModelHighlighted) -> None:
-        message.stop()
-        self._show_chosen()
-
-    def on_detail_requested(self, message: DetailRequested) -> None:
-        message.stop()
-        self.app.push_screen(ModelDetail(self.node, message.model))
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        if event.input.id == "filter":
-            event.stop()
-            self.matrix.filter_text = event.value.strip()
-            self.matrix.rebuild()
-            self._say_when_empty()
-            self._tell_order()
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        if event.input.id == "filter":
-            event.stop()
-            self.query_one("#filter").set_class(bool(event.value.strip()), "-open")
-            self.matrix.focus()
-
-    def action_filter(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.add_class("-open")
-        field.focus()
-
-    def action_back(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.value = ""
-        field.remove_class("-open")
-        self.matrix.focus()
+    def tell_totals(self) -> None:
+        self.tell("  ".join(self.order_words()))
 
     def action_sort(self) -> None:
-        self.matrix.sort_by = SORTS[(SORTS.index(self.matrix.sort_by) + 1) % len(SORTS)]
-        self.matrix.rebuild()
-        self._tell_order()
-        if self.matrix.sort_by == SORTS[0]:
+        super().action_sort()
+        if self.table.sort_by == self.SORTS[0]:
             self.tell("sorted by name")
-
-    def action_load(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(LoadRequested(worker.name))
-
-    def action_unload(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(UnloadRequested(worker.name))
-
-    def action_pull(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(PullRequested(worker.name))
-
-    def action_chat(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(ChatRequested(worker.name))
 
     def action_copy_curl(self) -> None:
         if worker := self.chosen:

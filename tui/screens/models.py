@@ -5,38 +5,27 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.widgets import Input, Static
+from textual.widgets import Static
 
 from engine.model_file import origin, part_of
 from infsvc.types import ModelState
-from tui.messages import (
-    ChatRequested,
-    DetailRequested,
-    LoadRequested,
-    ModelHighlighted,
-    NewWorkerRequested,
-    PullRequested,
-    RemoveRequested,
-    UnloadRequested,
-)
+from tui.messages import NewWorkerRequested, RemoveRequested
 from tui.node_view import WorkerView
-from tui.screens.base import NodeScreen
-from tui.screens.dialogs import ModelDetail
+from tui.screens.list_screen import ModelListScreen
 from tui.widgets.file_table import SORTS, FileTable, disk_bytes, memory_of
 from tui.widgets.model_facts import pull_line
 from tui.wording import clean, plural, size, state_of
 
-RESORT_EVERY = 4
 
-
-class ModelsScreen(NodeScreen):
+class ModelsScreen(ModelListScreen):
     NAME = "models"
     CSS_PATH = "models.tcss"
+    SORTS = SORTS
+    FILTER_HINT = "name, state, source or path"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("p", "pull", "pull", id="models.pull", tooltip="Fetch the file of the model under the cursor"),
         Binding("l", "load", "load", id="models.load", tooltip="Load it; a missing file is fetched first"),
@@ -49,29 +38,18 @@ class ModelsScreen(NodeScreen):
         Binding("escape", "back", "back", show=False, id="models.back", tooltip="Close the filter"),
     ]  # fmt: skip
 
-    _n_looks = 0
     _wanted: str | None = None
 
     def compose_body(self) -> ComposeResult:
-        with Vertical(id="files") as files:
+        with Vertical(id="files", classes="list") as files:
             files.border_title = "Worker files"
             yield FileTable(self.node.fleet.workers, id="table")
-            yield Static("", id="nothing")
+            yield from self.empty_line()
         yield Static("", id="file")
-        yield Input(placeholder="name, state, source or path", id="filter", compact=True)
+        yield from self.filter_line()
 
     def on_mount(self) -> None:
         self.query_one("#file").border_title = "File"
-        self.query_one("#filter", Input).cursor_blink = self.context.animate
-        self.table.focus()
-
-    @property
-    def table(self) -> FileTable:
-        return self.query_one(FileTable)
-
-    @property
-    def chosen(self) -> WorkerView | None:
-        return self.node.fleet.workers.get(self.table.chosen or "")
 
     def show_model(self, name: str) -> None:
         """Puts the cursor on a model, which may have just come."""
@@ -80,104 +58,33 @@ class ModelsScreen(NodeScreen):
         self.look()
 
     def look(self) -> None:
-        self.table.look()
-        self._n_looks += 1
-        if self.table.sort_by != SORTS[0] and self._n_looks % RESORT_EVERY == 0:
-            self.table.resort()
+        self.look_at_table()
         if self._wanted is not None and any(row.key.value == self._wanted for row in self.table.ordered_rows):
             self.table.move_cursor(row=self.table.get_row_index(self._wanted), animate=False)
             self._wanted = None
-        self._say_when_empty()
-        self._show_chosen()
-        self._tell_totals()
+        self.say_when_empty()
+        self.show_chosen()
+        self.tell_totals()
 
-    def _show_chosen(self) -> None:
+    def show_chosen(self) -> None:
         worker = self.chosen
         panel = self.query_one("#file", Static)
         panel.update(Content("\n").join(file_lines(worker)) if worker else "", layout=False)
 
-    def _tell_totals(self) -> None:
-        workers = self.node.fleet.workers.values()
-        parts = []
-        if self.table.filter_text:
-            parts.append(f"{self.table.row_count}/{len(self.node.fleet.workers)} match “{self.table.filter_text}”")
-        if self.table.sort_by != SORTS[0]:
-            parts.append(f"sorted by {self.table.sort_by}")
-        kept = [n for worker in workers if (n := disk_bytes(worker))]
-        parts.append(f"{plural(len(kept), 'file')}, {size(sum(kept))}")
-        self.tell(" · ".join(parts))
+    def tell_totals(self) -> None:
+        kept = [n for worker in self.node.fleet.workers.values() if (n := disk_bytes(worker))]
+        self.tell(" · ".join([*self.order_words(), f"{plural(len(kept), 'file')}, {size(sum(kept))}"]))
 
-    def _say_when_empty(self) -> None:
+    def empty_words(self) -> str:
         if not self.node.fleet.workers:
-            told = "There is no worker file yet.\n\nn writes one: a name, and where the model's file comes from."
-        elif not self.table.matches_any:
-            told = f"Nothing matches “{self.table.filter_text}”.\n\nEsc shows all worker files again."
-        else:
-            told = ""
-        self.query_one("#nothing", Static).update(Content(told))
-        self.query_one("#files").set_class(bool(told), "-empty")
-
-    def on_resize(self, event: events.Resize) -> None:
-        # The parts get their new sizes with the next layout.
-        self.call_after_refresh(self.look)
-
-    def on_model_highlighted(self, message: ModelHighlighted) -> None:
-        message.stop()
-        self._show_chosen()
-
-    def on_detail_requested(self, message: DetailRequested) -> None:
-        message.stop()
-        self.app.push_screen(ModelDetail(self.node, message.model))
-
-    def on_input_changed(self, event: Input.Changed) -> None:
-        if event.input.id == "filter":
-            event.stop()
-            self.table.filter_text = event.value.strip()
-            self.table.rebuild()
-            self._say_when_empty()
-            self._tell_totals()
-
-    def on_input_submitted(self, event: Input.Submitted) -> None:
-        if event.input.id == "filter":
-            event.stop()
-            self.query_one("#filter").set_class(bool(event.value.strip()), "-open")
-            self.table.focus()
-
-    def action_filter(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.add_class("-open")
-        field.focus()
-
-    def action_back(self) -> None:
-        field = self.query_one("#filter", Input)
-        field.value = ""
-        field.remove_class("-open")
-        self.table.focus()
-
-    def action_sort(self) -> None:
-        self.table.sort_by = SORTS[(SORTS.index(self.table.sort_by) + 1) % len(SORTS)]
-        self.table.rebuild()
-        self._tell_totals()
-
-    def action_load(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(LoadRequested(worker.name))
-
-    def action_unload(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(UnloadRequested(worker.name))
-
-    def action_pull(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(PullRequested(worker.name))
+            return "There is no worker file yet.\n\nn writes one: a name, and where the model's file comes from."
+        if not self.table.matches_any:
+            return f"Nothing matches “{self.table.filter_text}”.\n\nEsc shows all worker files again."
+        return ""
 
     def action_remove(self) -> None:
         if worker := self.chosen:
             self.app.post_message(RemoveRequested(worker.name))
-
-    def action_chat(self) -> None:
-        if worker := self.chosen:
-            self.app.post_message(ChatRequested(worker.name))
 
     def action_new(self) -> None:
         self.app.post_message(NewWorkerRequested())

@@ -7,11 +7,19 @@ from textual.containers import Horizontal
 from textual.content import Content
 from textual.widgets import Static
 
-SCREENS = (("1", "fleet", "Fleet"), ("2", "chat", "Chat"), ("4", "models", "Models"), ("5", "logs", "Logs"))
+SCREENS = (
+    ("1", "fleet", "Fleet"),
+    ("2", "chat", "Chat"),
+    ("4", "models", "Models"),
+    ("5", "logs", "Logs"),
+    ("6", "queue", "Queue"),
+)
+NARROW = 60
 
 
 class TabLine(Horizontal):
-    """`active` is the name of the screen it stands on; a click on another goes there."""
+    """`active` is the name of the screen it stands on; a click on another goes there. Behind Queue stands how many dead
+    letters there are, if any; on narrow screens the other tabs are their digits."""
 
     DEFAULT_CSS = """
     TabLine {
@@ -25,16 +33,33 @@ class TabLine(Horizontal):
     def __init__(self, active: str) -> None:
         super().__init__()
         self._active = active
+        self._n_dead = 0
 
     def compose(self) -> ComposeResult:
-        tabs = " ".join(
-            f"[$accent bold reverse] {digit} {title} [/]"
-            if name == self._active
-            else f"[@click=app.go('{name}')][$accent] {digit}[/] {title} [/]"
-            for digit, name, title in SCREENS
-        )
-        yield Static(" " + tabs, classes="tabs")
+        yield Static(self._tabs(), classes="tabs")
         yield Static("", classes="note")
+
+    def on_resize(self) -> None:
+        self.query_one(".tabs", Static).update(self._tabs())
+
+    def count_dead(self, n_dead: int) -> None:
+        """How many dead letters there are."""
+        if n_dead != self._n_dead:
+            self._n_dead = n_dead
+            self.query_one(".tabs", Static).update(self._tabs())
+
+    def _tabs(self) -> str:
+        narrow = 0 < self.size.width < NARROW
+        tabs = []
+        for digit, name, title in SCREENS:
+            dead = f"✕{self._n_dead}" if name == "queue" and self._n_dead else ""
+            if name == self._active:
+                tabs.append(f"[$accent bold reverse] {digit} {title}{f' {dead}' if dead else ''} [/]")
+                continue
+            shown = "" if narrow else f" {title}"
+            mark = f" [$error bold]{dead}[/]" if dead else ""
+            tabs.append(f"[@click=app.go('{name}')][$accent] {digit}[/]{shown}{mark} [/]")
+        return " " + ("" if narrow else " ").join(tabs)
 
     def tell(self, note: Content | str) -> None:
         """What stands at the right."""

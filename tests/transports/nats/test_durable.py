@@ -72,8 +72,8 @@ async def test_a_named_request_goes_through_the_queue_and_leaves_nothing(doors: 
     assert not (await asked(client, SUBJECT, body())).get("error")
     assert not doors.service.requests[1].queued
     config = (await client.jetstream().stream_info(STREAM)).config
-    assert (config.retention, config.discard, config.max_msgs) == ("workqueue", "new", 2000)
-    assert (config.max_age, config.duplicate_window) == (86400.0, 600.0)
+    assert (config.retention, config.discard, config.max_msgs) == ("workqueue", "new", 2000 + 64)
+    assert (config.max_age or 0, config.duplicate_window) == (0, 600.0)
     consumer = (await client.jetstream().consumer_info(STREAM, "demo_workers")).config
     assert (consumer.ack_wait, consumer.max_deliver, consumer.max_ack_pending) == (10.0, 5, 64)
     assert doors.worker.n_queued_durable == 0
@@ -156,7 +156,8 @@ async def test_a_stream_through_the_queue_and_its_repeat(doors: Doors, client: C
 async def test_a_thousand_publishes_at_a_queue_of_a_hundred(
     url: str, home: Home, events: EventBus, broker: EmbeddedBroker
 ) -> None:
-    worker = FakeWorker("demo", events, queue_max_msgs=100)
+    # What the broker itself refuses is what would not even fit if all of MAX_ACK_PENDING were at work.
+    worker = FakeWorker("demo", events, queue_max_msgs=90, max_ack_pending=10)
     worker.state = ModelState.LOADING
     async with Doors(url, home, events, worker) as doors, client_of(url) as client:
         js = client.jetstream()

@@ -109,13 +109,18 @@ async def test_a_full_queue_says_so_and_cancel_frees_it(client: Client, fleet: F
     async for _ in started:
         if len(worker.requests) == 3:
             break
-    # Two run, one is on its way to a slot, and one waits in the broker.
+    # Two run, one is on its way to a slot, and one waits in the broker; those that run take no place.
     while worker.n_queued_durable != 1:
         await client.flush()
     assert (worker.n_active, worker.n_waiting) == (2, 2)
-    full = await asked(client, SUBJECT, {"req_id": "fifth", "input": "x"})
+    running += [
+        asyncio.create_task(asked(client, SUBJECT, {"req_id": f"{n}", "input": "x", "params": LONG})) for n in (4, 5)
+    ]
+    while worker.n_queued_durable != 3:
+        await client.flush()
+    full = await asked(client, SUBJECT, {"req_id": "seventh", "input": "x"})
     assert (full["status"], full["code"], full["queue_depth"]) == (429, "queue_full", 4)
-    for _ in range(4):
+    for _ in range(6):
         while not worker.requests:
             await client.flush()
         req_id = next(iter(worker.requests))
