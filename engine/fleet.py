@@ -264,7 +264,8 @@ class Fleet:
                 raise NoSource(worker.settings.model_path)
             info = await self._header(worker)
             worker.learn(info)
-            cache_bytes = self._check(worker, info, force=force or worker.name in self._forced)
+            build = await self._build()
+            cache_bytes = self._check(worker, info, build, force=force or worker.name in self._forced)
             if worker.embeds_only:
                 await self._start_embedder(worker, info)
             else:
@@ -326,10 +327,17 @@ class Fleet:
         else:
             self._failed(worker, reason)
 
-    def _check(self, worker: Worker, info: ModelInfo, *, force: bool) -> int:
+    def _check(self, worker: Worker, info: ModelInfo, build: ProbeResult, *, force: bool) -> int:
         """Sets the memory aside; returns how much of it the store of states may have."""
         if not worker.embeds_only:
-            need = memory_fit.estimate(info, n_ctx=worker.n_ctx, n_slots=worker.n_slots, n_batch=N_BATCH)
+            need = memory_fit.estimate(
+                info,
+                n_ctx=worker.n_ctx,
+                n_slots=worker.n_slots,
+                n_batch=N_BATCH,
+                flash_attention=build.flash_attention,
+                repacks=build.use_extra_bufts,
+            )
             return self._fits(worker, need, force=force, cache_mb=worker.settings.prefix_cache_mb)
         if worker.has(Capability.EMBEDDINGS):
             need = memory_fit.estimate_embedding(info, n_ctx=worker.n_ctx, weights=True)

@@ -1,8 +1,14 @@
 """Does a model fit into memory? An estimate from its header, before anything is read.
 
-weights: the file's own bytes. KV cache: `2 bytes × (key_length + value_length) × n_head_kv × n_layer` a token (f16),
-for every token of every slot. Compute: llama.cpp's graph for a batch, dominated by the logits (`n_batch × n_vocab × 4`)
-and a few activations a token.
+What is counted is what becomes resident once every slot was full, which is what a machine must have. llama.cpp reserves
+more address space than that, above all logits for each token of a batch, of which only those drawn from are touched.
+
+weights: the file's tensors, as a mapped page counts once it was read, the copy of those that are repacked for this CPU,
+and the vocabulary's tables. KV cache: `2 bytes
+× (key_length + value_length)` for each KV head of each layer that has any (f16), for every token of every slot; layers
+with a sliding window keep every cell (`swa_full`). Compute: the mask of each kind of attention, a batch's activations,
+logits of one token a slot, what any context takes; without flash attention also the scores of a batch against a whole
+context, and half as much again for their product with the values. Constants and errors: `docs/performance.md`.
 """
 
 from __future__ import annotations
@@ -16,6 +22,9 @@ from engine.model_info import ModelInfo
 from infsvc.errors import MemoryFitError
 
 _CONTEXT_PADDING = 256
+_FIXED_BYTES = 8 * 2**20
+_VOCABULARY_BYTES = 150
+"""A token's text and its places in the vocabulary's tables."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,29 @@ class MemoryEstimate:
         return f"weights {weights:.1f} + KV {kv:.1f} + compute {compute:.1f}"
 
 
-def estimate(info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int) -> MemoryEstimate:
-    """What loading `info` with `n_slots` sequences of `n_ctx` tokens will take."""
+def estimate(
+    info: ModelInfo, *, n_ctx: int, n_slots: int, n_batch: int, flash_attention: bool = True, repacks: bool = True
+) -> MemoryEstimate:
+    """What `info` with `n_slots` sequences of `n_ctx` tokens takes once all were full; the last two are the probe's
+    answer (`engine.probe`), and what most CPUs give where it was not asked yet."""
     # The engine gives no sequence more than the model was trained on.
     wanted = min(n_ctx or info.n_ctx_train, info.n_ctx_train or n_ctx)
     per_sequence = -(-wanted // _CONTEXT_PADDING) * _CONTEXT_PADDING
-    per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
+    n_cells = n_batch * per_sequence
+    masks = n_cells * (2 if flash_attention else 4) * (2 if info.has_window else 1)
+    scores = 0 if flash_attention else n_cells * info.n_head * 6
+    activations = n_batch * (3 * info.n_ff + 4 * info.n_embd) * 4
+    logits = 2 * n_slots * info.n_vocab * 4
     return MemoryEstimate(
-        weight_bytes=info.weight_bytes,
-        kv_bytes=per_token * per_sequence * n_slots,
-        compute_bytes=n_batch * (info.n_vocab + 16 * info.n_embd) * 4 + 16 * 2**20,
+        weight_bytes=info.weight_bytes + info.repacked_bytes * repacks + _VOCABULARY_BYTES * info.n_vocab,
+        kv_bytes=_kv_token_bytes(info) * per_sequence * n_slots,
+        compute_bytes=masks + scores + activations + logits + _FIXED_BYTES,
     )
+
+
+def _kv_token_bytes(info: ModelInfo) -> int:
+    """Bytes of one token in all layers."""
+    return 2 * (info.key_length + info.value_length) * info.n_head_kv_all
 
 
 def estimate_embedding(info: ModelInfo, *, n_ctx: int, weights: bool) -> MemoryEstimate:
@@ -64,10 +85,9 @@ def estimate_embedding(info: ModelInfo, *, n_ctx: int, weights: bool) -> MemoryE
     n_step = min(n_pack, causal_step_tokens(info.n_vocab)) if info.causal else n_pack
     outputs = n_step * (info.n_vocab + info.n_embd) * 4
     graph = n_step * 20 * info.n_embd * 4 + (n_step * info.n_vocab * 4 if info.causal else 0)
-    per_token = 2 * (info.key_length + info.value_length) * info.n_head_kv * info.n_layer
     return MemoryEstimate(
         weight_bytes=info.weight_bytes if weights else 0,
-        kv_bytes=per_token * -(-n_pack // _CONTEXT_PADDING) * _CONTEXT_PADDING if info.causal else 0,
+        kv_bytes=_kv_token_bytes(info) * -(-n_pack // _CONTEXT_PADDING) * _CONTEXT_PADDING if info.causal else 0,
         compute_bytes=outputs + graph + 4 * 2**20,
     )
 

@@ -47,6 +47,9 @@ _TENSOR_TYPES = {
     39: ("MXFP4", 32, 17),
 }  # fmt: skip
 
+_REPACKED = frozenset({"Q4_0", "Q4_K", "IQ4_NL"})
+"""On x86-64 with AVX2, where it was measured; other CPUs repack other types too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
@@ -71,6 +74,14 @@ class ModelInfo:
     pooling: str | None
     causal: bool
     special_tokens: frozenset[str]
+    n_head: int = 0
+    n_head_kv_all: int = 0
+    """KV heads of all layers together: hybrid models have layers with none."""
+    n_ff: int = 0
+    """Width of what a feed-forward layer computes for a token, over the experts that are used."""
+    has_window: bool = False
+    repacked_bytes: int = 0
+    """Weights of which llama.cpp makes a copy in another order, where the CPU and the build have one."""
 
     @property
     def family(self) -> str:
@@ -167,7 +178,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     for _ in range(n_pairs):
         key = reader.text()
         facts[key] = reader.value(reader.scalar("I"), keep=key == "tokenizer.ggml.tokens")
-    n_params, weight_bytes, data_end, kinds = _tensors(reader, path, n_tensors)
+    n_params, weight_bytes, repacked_bytes, data_end, kinds = _tensors(reader, path, n_tensors)
     alignment = int(facts.get("general.alignment", 32))
     if alignment < 1 or alignment & (alignment - 1):
         raise ModelFileError(f"{path} is damaged: an alignment of {alignment} is no power of two")
@@ -210,6 +221,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     if len(set(spelled)) < len(spelled):
         raise ModelFileError(f"{path} is damaged: its vocabulary holds a token twice")
     pooling = number("pooling_type")
+    n_head_kv, heads = number("attention.head_count_kv", n_head), facts.get(f"{arch}.attention.head_count_kv")
     return ModelInfo(
         path=path,
         file_bytes=size,
@@ -222,7 +234,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
         n_embd=number("embedding_length"),
         n_layer=number("block_count"),
         n_vocab=len(tokens) or number("vocab_size"),
-        n_head_kv=number("attention.head_count_kv", n_head),
+        n_head_kv=n_head_kv,
         key_length=number("attention.key_length", head_dim),
         value_length=number("attention.value_length", head_dim),
         quantization=_quantization(facts, kinds),
@@ -232,12 +244,20 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
         special_tokens=frozenset(
             token for token in tokens if token[:1] in "<[" and token[-1:] in ">]" and len(token) > 2
         ),
+        n_head=n_head,
+        n_head_kv_all=sum(heads) if isinstance(heads, tuple) else number("block_count") * n_head_kv,
+        n_ff=max(
+            number("feed_forward_length"), number("expert_feed_forward_length") * max(1, number("expert_used_count"))
+        ),
+        has_window=number("attention.sliding_window") > 0,
+        repacked_bytes=repacked_bytes,
     )
 
 
-def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int, Counter[str]]:
-    """Parameters, bytes of weights, end of the data relative to its start, and values by tensor type."""
-    n_params = weight_bytes = data_end = 0
+def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int, int, Counter[str]]:
+    """Parameters, bytes of weights, those of them that may be repacked, end of the data relative to its start, and
+    values by tensor type."""
+    n_params = weight_bytes = repacked_bytes = data_end = 0
     kinds: Counter[str] = Counter()
     for _ in range(n_tensors):
         name = reader.text()
@@ -252,8 +272,11 @@ def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int
             n_bytes = n_values // per_block * block_bytes
             kinds[label] += n_values
             weight_bytes += n_bytes
+            # Rows of the token table are looked up, not multiplied with.
+            if label in _REPACKED and n_dims > 1 and name != "token_embd.weight":
+                repacked_bytes += n_bytes
             data_end = max(data_end, offset + n_bytes)
-    return n_params, weight_bytes, data_end, kinds
+    return n_params, weight_bytes, repacked_bytes, data_end, kinds
 
 
 def _quantization(facts: dict[str, Any], kinds: Counter[str]) -> str:

@@ -1,8 +1,8 @@
 """Who decodes, who prefills, who waits. Pure: it knows neither llama.cpp nor a clock.
 
 Each step every decoding sequence gets one token; prefill takes what is left, at most `n_prefill_beside` tokens while
-anyone decodes (so that a long prompt does not stall the others), the whole batch when nobody does. Prompts are read in
-order of admission. Where more decode than a batch holds, they take turns.
+anyone decodes (so that a long prompt does not stall the others), the whole batch when nobody does. Clients share it
+alike; each one's prompts are read in order of admission. Where more decode than a batch holds, they take turns.
 
 A sequence whose beginning is being read by an earlier one (its leader) has a slot and waits in it: the leader's batch
 ends where the two prompts part, and the follower goes on from a copy. N prompts with one beginning read it once.
@@ -10,11 +10,11 @@ ends where the two prompts part, and the follower goes on from a copy. N prompts
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 from engine.prefix_cache import Plan, PrefixCache, Source
 from engine.sequence import Sequence, SequenceState
+from engine.waiting import WaitingLine, share_out
 
 N_BATCH = 512
 """Tokens in one batch at most; measured best on CPUs, where a prompt is read in steps of this size."""
@@ -52,7 +52,7 @@ class Scheduler:
         self._free = list(range(n_slots - 1, -1, -1))
         self._held = False
         self._turn = 0
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingLine()
         self.running: list[Sequence] = []
 
     @property
@@ -60,8 +60,8 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence behind its equals in priority."""
-        bisect.insort(self.waiting, sequence, key=lambda each: each.order)
+        """Queues a sequence; `engine.waiting` says when its turn comes."""
+        self.waiting.add(sequence)
 
     def admit(self) -> list[Sequence]:
         """Gives free slots to those who wait; returns who got one."""
@@ -71,14 +71,14 @@ class Scheduler:
         return admitted
 
     def admit_one(self) -> Sequence | None:
-        """Gives a free slot to the first that waits, with a plan for its beginning; None when nobody can have one.
+        """Gives a free slot to the one whose turn it is, with a plan for its beginning; None when nobody can have one.
 
         The plan is to be carried out before the next is made, which counts on it.
         """
         if (self._held and self.running) or not self._free or not self.waiting:
             return None
         self._held = False
-        sequence = self.waiting.pop(0)
+        sequence = self.waiting.pop()
         plan = Plan(self._free[-1])
         if self._prefixes is not None:
             plan = self._prefixes.plan(sequence.ids, free=self._free, earlier=self.running)
@@ -121,8 +121,9 @@ class Scheduler:
             sequence.slot = -1
             sequence.leader = sequence.plan = None
             self._held = False
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self.waiting.left(sequence)
+        else:
+            self.waiting.discard(sequence)
         sequence.state = SequenceState.FINISHED
 
     def requeue(self, sequence: Sequence) -> None:
@@ -135,7 +136,7 @@ class Scheduler:
         self._free.append(sequence.slot)
         sequence.slot, sequence.n_past, sequence.state = -1, 0, SequenceState.WAITING
         sequence.leader = sequence.plan = None
-        self.add(sequence)
+        self.waiting.put_back(sequence)
 
     def cancelled(self) -> list[Sequence]:
         """Those that were cancelled and are still here."""
@@ -153,15 +154,20 @@ class Scheduler:
         if shares:
             budget = min(budget, self._n_prefill_beside)
         forks = [(sequence.leader, sequence.fork) for sequence in self.running if sequence.leader is not None]
+        ends: list[tuple[Sequence, int]] = []
+        wanted: dict[str, int] = {}
         for sequence in self.running:
-            if budget <= 0:
-                break
             if sequence.state is not SequenceState.PREFILL or sequence.leader is not None:
                 continue
             stops = [fork for leader, fork in forks if leader is sequence] + sequence.marks
-            ahead = [stop for stop in stops if stop > sequence.n_past]
-            end = min(sequence.n_past + budget, sequence.n_prompt, *ahead)
-            tokens = sequence.prompt[sequence.n_past : end]
-            shares.append(Share(sequence, tokens, sequence.n_past, end == sequence.n_prompt))
-            budget -= len(tokens)
+            end = min([sequence.n_prompt, *(stop for stop in stops if stop > sequence.n_past)])
+            ends.append((sequence, end))
+            wanted[sequence.client] = wanted.get(sequence.client, 0) + end - sequence.n_past
+        allowed = share_out(wanted, budget)
+        for sequence, stop in ends:
+            end = min(sequence.n_past + allowed[sequence.client], stop)
+            if end > sequence.n_past:
+                tokens = sequence.prompt[sequence.n_past : end]
+                shares.append(Share(sequence, tokens, sequence.n_past, end == sequence.n_prompt))
+                allowed[sequence.client] -= len(tokens)
         return shares

@@ -45,7 +45,8 @@ class Sequence:
         special: whether control tokens are shown as text (raw mode).
         shown: those that are shown all the same, because a parser reads them.
         listener: called on the loop's thread with each event of this sequence.
-        priority: a higher one is admitted earlier.
+        priority: 0 to 9; a higher one is admitted earlier.
+        client: whose it is; clients share the slots alike.
         n_logprobs: how many of the likeliest tokens are told with each drawn one (0-20); None tells no log-probability.
         constraint: what the answer must match; it then ends where that ends.
         draft_max: tokens that may be guessed ahead in a step; None for what the engine's options say.
@@ -67,6 +68,7 @@ class Sequence:
     special: bool = False
     shown: frozenset[int] = frozenset()
     priority: int = 0
+    client: str = ""
     n_logprobs: int | None = None
     constraint: Matcher | None = None
     draft_max: int | None = None

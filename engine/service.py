@@ -69,6 +69,7 @@ class InferenceRequest:
             log-probabilities.
         source: the door: http, nats, chat.
         queued: it has waited in the broker's queue, so what waits there does not count against it.
+        client: whose it is, as its door tells clients apart; empty where it cannot.
     """
 
     model: str
@@ -89,10 +90,18 @@ class InferenceRequest:
     reply_to: str | None = None
     priority: int = 0
     queued: bool = False
+    client: str = ""
 
     @classmethod
     def from_wire(
-        cls, body: CompletionRequest, *, model: str, source: str, trace_id: str | None = None, queued: bool = False
+        cls,
+        body: CompletionRequest,
+        *,
+        model: str,
+        source: str,
+        trace_id: str | None = None,
+        queued: bool = False,
+        client: str = "",
     ) -> InferenceRequest:
         """From a native request; `trace_id` (a header's) counts where the body names none."""
         return cls(
@@ -107,6 +116,7 @@ class InferenceRequest:
             reply_to=body.reply_to,
             priority=body.priority,
             queued=queued,
+            client=client,
         )
 
     @property
@@ -299,6 +309,7 @@ class InferenceService:
                 special=request.raw,
                 shown=prompt.shown,
                 priority=request.priority,
+                client=f"{request.source} {request.client}",
                 n_logprobs=request.n_logprobs,
                 constraint=constraint,
                 draft_max=params.draft_max,

@@ -12,6 +12,8 @@ client is opened: importing this loads no network library.
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from infsvc.roster import least_loaded
 from infsvc.types import Capability, CompletionChunk, CompletionReply, HealthDocument, ServiceDocument, new_req_id
 
 TIMEOUT_S = 120.0
+CLIENT_ID = f"{socket.gethostname().encode('ascii', 'replace').decode()}-{os.getpid()}"
+"""What tells this program's requests from another's: a node shares its slots out by it."""
+
 _SCHEMES = {"nats": "nats", "tls": "nats", "http": "http", "https": "http"}
 
 

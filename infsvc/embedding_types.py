@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, WithJsonSchema, field_validator
 
 from infsvc.errors import shown
-from infsvc.types import Wire
+from infsvc.types import Priority, Wire
 
 MAX_TEXTS = 2048
 """Texts in one request, as in OpenAI's API."""
@@ -37,7 +37,7 @@ class EmbeddingBody(Wire):
     store: Any = None
     req_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     trace_id: Annotated[str, Field(max_length=200)] | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     reply_to: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
     @field_validator("input")

@@ -12,8 +12,9 @@ from urllib.parse import quote
 import httpx2
 from pydantic import ValidationError
 
-from infsvc.client import Ask, read_answer
+from infsvc.client import CLIENT_ID, Ask, read_answer
 from infsvc.errors import ClientError, ConfigError, NoAnswer, Unreachable, Unsupported
+from infsvc.subjects import CLIENT_HEADER
 from infsvc.types import HealthDocument, ServiceDocument
 
 CONNECT_S = 5.0
@@ -24,7 +25,7 @@ class HttpLink:
 
     def __init__(self, url: str, *, api_key: str | None, ca_file: str | None) -> None:
         self._url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {CLIENT_HEADER: CLIENT_ID} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
         self._http = httpx2.AsyncClient(
             base_url=self._url, headers=headers, trust_env=False, verify=_trust(self._url, ca_file)
         )

@@ -27,7 +27,7 @@ from nats.errors import TimeoutError as NatsTimeout
 from pydantic import ValidationError
 
 from infsvc import subjects
-from infsvc.client import Ask, read_answer
+from infsvc.client import CLIENT_ID, Ask, read_answer
 from infsvc.errors import (
     ClientError,
     ModelNotLoaded,
@@ -293,7 +293,7 @@ class NatsLink:
         model = _checked(ask.model)
         await self._await_job(ask)
         subject = await self._queue(model)
-        headers = {subjects.MSG_ID_HEADER: subjects.msg_id(model, ask.req_id)}
+        headers = {subjects.MSG_ID_HEADER: subjects.msg_id(model, ask.req_id), subjects.CLIENT_HEADER: CLIENT_ID}
         try:
             message, again = await self._receipt(subject, ask, headers)
             if _acknowledged(message, model, subject) and not again:
@@ -563,7 +563,7 @@ def _bytes(body: dict[str, Any]) -> bytes:
 
 
 def _headers(ask: Ask) -> dict[str, str]:
-    headers = {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}"}
+    headers = {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}", subjects.CLIENT_HEADER: CLIENT_ID}
     return headers if ask.is_named else headers | {subjects.REQ_ID_HEADER: ask.req_id}
 
 

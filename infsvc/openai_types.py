@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from infsvc.errors import BadRequest, Unsupported, shown
-from infsvc.types import Message, Params, ReasoningEffort, Wire
+from infsvc.types import Message, Params, Priority, ReasoningEffort, Wire
 
 INERT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
@@ -116,7 +116,7 @@ class _Request(Wire):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     req_id: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
 
     @property
     def include_usage(self) -> bool:

@@ -42,6 +42,15 @@ CAME_HEADER = "Infsvc-Came"
 
 TRACE_HEADER = "X-Trace-ID"
 
+CLIENT_HEADER = "X-Client-ID"
+"""On any request, over HTTP too: whose it is. Clients share a model's slots alike; where HTTP asks for API keys, the
+key counts instead."""
+
+CLIENT_CHARACTERS = 200
+
+CARRIED_HEADERS = (TRACE_HEADER, DEADLINE_HEADER, CLIENT_HEADER)
+"""Those that a request keeps on its way through the durable queue."""
+
 
 def dotless(name: str) -> str:
     """The model's name as one NATS token."""

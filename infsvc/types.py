@@ -19,6 +19,9 @@ MAX_BODY_BYTES = 8 * 2**20
 MAX_TRACE_CHARACTERS = 200
 """Of a trace id, in a body or a header."""
 
+Priority = Annotated[int, Field(ge=0, le=9)]
+"""How urgent a request is: 0, the default, to 9. A higher one is admitted earlier; see `engine.waiting`."""
+
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled", "error"]
 
 ReasoningEffort = Literal["low", "medium", "high"]
@@ -153,7 +156,7 @@ class CompletionRequest(Wire):
     params: Params = Params()
     raw: bool = False
     stream: bool = False
-    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    priority: Priority = 0
     reply_to: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
     @field_validator("messages", mode="before")

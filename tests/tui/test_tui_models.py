@@ -34,7 +34,7 @@ async def test_what_lies_on_disk_and_what_it_takes(until) -> None:
         await pilot.press("4")
         await until(pilot, lambda: rows(app))
         assert (cell(app, "demo", "disk"), cell(app, "demo", "port")) == ("3.0 MiB", "5769")
-        assert cell(app, "qwen3-4b", "memory") == "5.8 GiB"
+        assert cell(app, "qwen3-4b", "memory") == "5.6 GiB"
         assert (cell(app, "gpt-oss-20b", "disk"), cell(app, "gpt-oss-20b", "source")) == ("–", "by hand")
         told = str(app._models.query_one("#file").render())
         assert "weights" in told

@@ -85,7 +85,7 @@ def sample_info(
         n_vocab=151_936, n_head_kv=8, key_length=128, value_length=128, quantization=quantization,
         chat_template=None if architecture == "nomic-bert" else template,
         pooling="mean" if architecture == "nomic-bert" else None, causal=architecture != "nomic-bert",
-        special_tokens=frozenset(),
+        special_tokens=frozenset(), n_head=16, n_head_kv_all=28 * 8, n_ff=3072,
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from infsvc.errors import ClientGone, NodeLost
+from infsvc.subjects import CLIENT_HEADER
 from transports.forwarder import Forwarded, Forwarder, Outgoing, Refusal
+from transports.http.callers import caller
 from transports.http.choice import ServedElsewhere
 from transports.http.native import QUIET_S, TRACE_HEADER
 from transports.http.streams import EventStream, Presence, comment, data, present
@@ -54,7 +56,9 @@ async def _forward(forwarder: Forwarder, request: Request, found: ServedElsewher
     outgoing = Outgoing(
         method=request.method,
         path=request.scope["path"],
-        headers=[(name, request.headers[name]) for name in _SENT_ALONG if name in request.headers],
+        headers=[(name, request.headers[name]) for name in _SENT_ALONG if name in request.headers]
+        # Whose it is, as this node knows it: to the owner all would otherwise be one client's.
+        + [(CLIENT_HEADER.lower(), caller(request).removeprefix("id "))],
         body=await request.body(),
     )
     async with present(request.receive) as client:

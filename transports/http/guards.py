@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infsvc.errors import TooLarge
 from infsvc.settings import is_loopback
 from infsvc.types import MAX_BODY_BYTES
+from transports.http.callers import name_key
 from transports.http.dashboard import is_free
 from transports.http.refusals import Forbidden, Unauthorized
 
@@ -32,18 +33,26 @@ class ApiKeys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         free = scope["path"] == "/healthz" or is_free(scope["method"], scope["path"], headers)
-        if not free and not self._knows(headers):
+        known = self._known(headers)
+        if not free and known is None:
             raise Unauthorized("an API key is needed: send it as Authorization: Bearer <key> or X-API-Key: <key>")
+        name_key(scope, known)
         await self._app(scope, receive, send)
 
-    def _knows(self, headers: Headers) -> bool:
+    def _known(self, headers: Headers) -> int | None:
+        """The number of the key that was sent."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         offered = [headers.get("x-api-key", "")]
         if scheme.lower() == "bearer":
             offered.append(token.strip())
         # Every key is compared, so that the time taken tells nothing about which one came close.
-        matches = [hmac.compare_digest(key, text.encode("latin-1")) for key in self._keys for text in offered if text]
-        return any(matches)
+        matches = [
+            number
+            for number, key in enumerate(self._keys)
+            for text in offered
+            if hmac.compare_digest(key, text.encode("latin-1")) and text
+        ]
+        return matches[0] if matches else None
 
 
 class LoopbackGuard:

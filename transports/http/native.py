@@ -21,6 +21,7 @@ from infsvc.openai_types import INERT
 from infsvc.types import MAX_TRACE_CHARACTERS, CompletionChunk, CompletionRequest
 from infsvc.wire_input import complaint
 from transports.http.body import query, read_object
+from transports.http.callers import caller
 from transports.http.refusals import Internal, Json, req_id_header
 from transports.http.streams import EventStream, comment, data, present
 
@@ -63,7 +64,11 @@ class Completions:
             request.state.req_id = req_id
         wire = _validated(body)
         inference = InferenceRequest.from_wire(
-            wire, model=self._choice.of(wire.model), source="http", trace_id=trace_header(request)
+            wire,
+            model=self._choice.of(wire.model),
+            source="http",
+            trace_id=trace_header(request),
+            client=caller(request),
         )
         request.state.req_id = inference.req_id
         return await (self._stream(inference) if wire.stream else self._reply(inference, request))

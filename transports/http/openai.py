@@ -28,6 +28,7 @@ from infsvc.openai_types import UNBOUNDED, ChatRequest, TextRequest, split
 from infsvc.types import CompletionReply, ModelState, Params, new_req_id
 from infsvc.wire_input import complaint
 from transports.http.body import query, read_object
+from transports.http.callers import caller
 from transports.http.choice import ModelChoice
 from transports.http.native import QUIET_S, trace_header
 from transports.http.refusals import Internal, Json
@@ -135,6 +136,7 @@ class OpenAI:
             req_id=asked.req_id or new_req_id(),
             trace_id=trace_header(request),
             priority=asked.priority,
+            client=caller(request),
         )
         shape = _Chat(base.req_id, base.model, logprobs=asked.logprobs)
         return await self._answer(request, _choices(base, asked.n), shape, asked.stream, asked.include_usage)
@@ -153,6 +155,7 @@ class OpenAI:
             req_id=asked.req_id or new_req_id(),
             trace_id=trace_header(request),
             priority=asked.priority,
+            client=caller(request),
         )
         all_choices: list[InferenceRequest] = []
         for prompt in asked.prompts:

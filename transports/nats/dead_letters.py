@@ -52,7 +52,7 @@ _DELETED = "Unacknowledged message was deleted"
 _MODEL, _REASON, _STREAM = "Infsvc-Dead-Model", "Infsvc-Dead-Reason", "Infsvc-Dead-Stream"
 _SEQ, _DELIVERIES, _SUBJECT = "Infsvc-Dead-Seq", "Infsvc-Dead-Deliveries", "Infsvc-Dead-Subject"
 _REQ_ID = "Infsvc-Dead-Req-Id"
-_KEPT_HEADERS = (subjects.REPLY_HEADER, subjects.TRACE_HEADER, subjects.REQ_ID_HEADER)
+_KEPT_HEADERS = (subjects.REPLY_HEADER, subjects.TRACE_HEADER, subjects.REQ_ID_HEADER, subjects.CLIENT_HEADER)
 _LEAVE_S = 0.5
 _SOON_S, _LOOK_S = 0.1, 30.0
 """Letters that come or go together are counted together; what nobody told of is found at the latest then."""

@@ -29,7 +29,7 @@ from infsvc.types import MAX_TRACE_CHARACTERS, CompletionChunk, CompletionReques
 from transports.nats.bus import Bus, bounded
 from transports.nats.embedding import embed, validate_embedding
 from transports.nats.jetstream import Kept
-from transports.nats.messages import encode, encode_final, is_answerable, named, read_object, validate
+from transports.nats.messages import check_client, encode, encode_final, is_answerable, named, read_object, validate
 from transports.nats.once import body_hash
 
 log = logging.getLogger("infsvc.nats")
@@ -106,6 +106,7 @@ class Exchange:
         if self.targets:
             check = validate_embedding if self.embeds or self.worker.embeds_only else validate
             self.request = check(self.body, model=self.worker.name, has_reply=bool(self.reply))
+            check_client(self.headers.get(subjects.CLIENT_HEADER))
 
     def _address(self) -> None:
         """Adds where answers go beside the reply subject."""
@@ -159,8 +160,9 @@ class Exchange:
             )
         else:
             made = InferenceRequest.from_wire(
-                wire, model=self.worker.name, source="nats", trace_id=trace_id, queued=queued
-            )
+                wire, model=self.worker.name, source="nats", trace_id=trace_id, queued=queued,
+                client=self.headers.get(subjects.CLIENT_HEADER) or "",
+            )  # fmt: skip
         self.req_id = made.req_id
         return made
 

@@ -64,11 +64,7 @@ class Intake:
         """
         if not self.fits(exchange):
             raise TooLarge(self._bus.max_payload - HEADERS_BYTES)
-        headers = {
-            key: exchange.headers[key]
-            for key in (subjects.TRACE_HEADER, subjects.DEADLINE_HEADER)
-            if key in exchange.headers
-        }
+        headers = {key: exchange.headers[key] for key in subjects.CARRIED_HEADERS if key in exchange.headers}
         if exchange.reply:
             headers[subjects.REPLY_HEADER] = exchange.reply
         if exchange.req_id is None:

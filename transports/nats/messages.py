@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.errors import BadRequest, RequestError, TooLarge, shown
 from infsvc.openai_types import INERT
+from infsvc.subjects import CLIENT_CHARACTERS, CLIENT_HEADER
 from infsvc.types import MAX_BODY_BYTES, CancelRequest, CompletionRequest
 from infsvc.wire_input import complaint, parse_object
 
@@ -89,6 +90,14 @@ def check_address(request: CompletionRequest | EmbeddingBody, *, model: str, has
             )
         if has_reply and request.req_id is None:
             raise BadRequest("reply_to needs a req_id, so that its reader knows the answer", param="req_id")
+
+
+def check_client(name: str | None) -> None:
+    """Refuses the header that says whose a request is when it is too long."""
+    if name is not None and len(name) > CLIENT_CHARACTERS:
+        raise BadRequest(
+            f"{CLIENT_HEADER} has {len(name)} characters: {CLIENT_CHARACTERS} are allowed", param=CLIENT_HEADER
+        )
 
 
 def is_answerable(subject: str) -> bool:

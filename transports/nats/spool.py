@@ -152,11 +152,7 @@ class Spool:
             raise problem
         if not exchange.targets:
             raise BadRequest("reply_to or req_id: nothing can be published there", param="reply_to")
-        headers = {
-            name: exchange.headers[name]
-            for name in (subjects.TRACE_HEADER, subjects.DEADLINE_HEADER)
-            if name in exchange.headers
-        }
+        headers = {name: exchange.headers[name] for name in subjects.CARRIED_HEADERS if name in exchange.headers}
         model = self._worker.name
         if exchange.req_id is None:
             exchange.req_id = f"{model}-{seq}-{came_s:.3f}"
