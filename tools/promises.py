@@ -196,7 +196,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`MODEL_FORMAT=template` and `prompt_template.json`", "",
             "`tests/engine/test_prompt.py` renders the file's own form", run=False),
         Row("`MODEL_FORMAT=harmony`, `HARMONY_REASONING_LEVEL`, `_EXTRACT_FINAL`, `_MODEL_IDENTITY`, `_KNOWLEDGE_CUTOFF`", "",
-            "the keys are read and checked: [configuration](configuration.md); a 20 GB model is more than this machine holds", run=False),
+            "`tests/engine/test_harmony.py` and `test_harmony_output.py` on small files of that architecture; a 20 GB model is more than this machine holds", run=False),
     ],
     "Finding and choosing": [
         Row("Ask each model whether it is there",
