@@ -80,7 +80,7 @@ _ROWS = [
     Case("demo POST /v1/completions", {"input": "x", "trace_id": "t" * 201}, 400, 'bad_request', 'trace_id: String should have at most 200 characters', 'trace_id'),
     Case("demo POST /v1/completions", {"input": "x", "stream": "yes"}, 400, 'bad_request', 'stream: Input should be a valid boolean', 'stream'),
     Case("demo POST /v1/completions", {"input": "x", "raw": 1}, 400, 'bad_request', 'raw: Input should be a valid boolean', 'raw'),
-    Case("demo POST /v1/completions", {"input": "x", "priority": 101}, 400, 'bad_request', 'priority: Input should be less than or equal to 100', 'priority'),
+    Case("demo POST /v1/completions", {"input": "x", "priority": 101}, 400, 'bad_request', 'priority: Input should be less than or equal to 9', 'priority'),
     Case("demo POST /v1/completions", {"input": "x", "priority": 1.5}, 400, 'bad_request', 'priority: Input should be a valid integer', 'priority'),
     Case("demo POST /v1/completions", {"input": "x", "model": 5}, 400, 'bad_request', 'model: Input should be a valid string', 'model'),
     Case("demo POST /v1/completions", {"input": "x", "model": "absent"}, 400, 'bad_request', "this is demo's port and the body names absent: leave model out, or use the gateway", 'model'),

@@ -187,7 +187,7 @@ BAD = [
     ({"input": "a", "stream": True}, "stream", "there is no such field"),
     ({"input": "a", "params": {}}, "params", "there is no such field"),
     ({"input": "a", "reply_to": "x"}, "reply_to", "not supported"),
-    ({"input": "a", "priority": 1000}, "priority", "less than or equal to 100"),
+    ({"input": "a", "priority": 1000}, "priority", "less than or equal to 9"),
 ]
 
 
