@@ -139,7 +139,9 @@ async def test_a_server_is_killed_under_load_and_nothing_is_lost_or_run_twice(
     assert answers.keys() == {*(f"d{n}" for n in range(N_DURABLE)), *(f"a{n}" for n in range(N_ASKED))}
     assert {req_id: n for req_id, n in runs.items() if n != 1} == {}
     assert runs.keys() == answers.keys()
-    assert copies == {req_id: {text} for req_id, text in answers.items() if req_id.startswith("d")}
+    # One that was asked with a reply subject may have gone through the spool when its server died, with the same answer.
+    assert {req_id for req_id in answers if req_id.startswith("d")} <= copies.keys()
+    assert copies == {req_id: {answers[req_id]} for req_id in copies}
     cluster.start(victim.name)
 
 
