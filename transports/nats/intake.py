@@ -129,5 +129,14 @@ class Intake:
                     raise QueueUnavailable(f"the broker did not take the request: {fault}") from None
                 await asyncio.sleep(_AGAIN_S)
             else:
-                return Stored(stored.seq, stored.duplicate and not again)
+                own = stored.duplicate and again and await self._is_own(stored.seq, headers)
+                return Stored(stored.seq, stored.duplicate and not own)
         raise AssertionError("unreachable")
+
+    async def _is_own(self, seq: int, headers: dict[str, str]) -> bool:
+        """Whether the message that has the id is from this exchange's earlier try, and no other's: the spool's answers
+        nobody that waits on a reply subject. One that is gone counts as another's, as a second answer does no harm."""
+        with suppress(JetStreamFault):
+            kept = await self._js.message(self.worker.settings.stream_name, seq)
+            return kept is not None and kept.headers.get(subjects.REPLY_HEADER) == headers.get(subjects.REPLY_HEADER)
+        return False

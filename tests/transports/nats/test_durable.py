@@ -26,6 +26,7 @@ from infsvc.home import Home
 from infsvc.types import ModelState
 from transports.nats.broker import EmbeddedBroker, Listener, find_binary, probe
 from transports.nats.bus import heeding
+from transports.nats.jetstream import JetStreamFault, Stored
 from transports.nats.once import OnceBook, body_hash
 from transports.nats.streams import once_bucket
 
@@ -138,6 +139,32 @@ async def test_what_runs_on_another_node_is_waited_for_however_long(doors: Doors
     await book.write("far", "done", over=revision, answer=answer, **page)
     assert await asking == answer
     assert doors.service.requests == []
+
+
+async def test_who_waits_is_answered_though_the_spool_was_quicker(
+    url: str, home: Home, events: EventBus, broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = FakeWorker("demo", events)
+    worker.state = ModelState.LOADING
+    async with Doors(url, home, events, worker) as doors, client_of(url) as client:
+        js = doors.durable.js
+        put, n_tries = js.publish, 0
+
+        async def unanswered_at_first(*args: Any, **kwargs: Any) -> Stored:
+            nonlocal n_tries
+            n_tries += 1
+            if n_tries == 1:
+                # As the spool puts it, which knows of nobody that waits.
+                await client.jetstream().publish(QUEUE, body("r"), headers={subjects.MSG_ID_HEADER: "demo:r"})
+                raise JetStreamFault("no answer")
+            return await put(*args, **kwargs)
+
+        monkeypatch.setattr(js, "publish", unanswered_at_first)
+        answer = asyncio.create_task(asked(client, SUBJECT, body("r")))
+        await until(lambda: worker.n_queued_durable == 2, client)
+        worker.move(ModelState.READY)
+        assert (await answer)["text"] == "echo: x"
+        assert len(doors.service.requests) == 1
 
 
 async def test_a_stream_through_the_queue_and_its_repeat(doors: Doors, client: Client) -> None:
