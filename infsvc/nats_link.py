@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
@@ -55,6 +56,8 @@ _TRY_S = 3.0
 _LEADERLESS_S = 0.25
 _MOVE_S = 5.0
 """How long a node may take from a server of a cluster that died to another one."""
+_ELECTED_S = 10.0
+"""How long a cluster may take to choose new leaders; what was asked meanwhile may be lost."""
 _CLOSE_S = 1.0
 _TURNS = 5
 """How many turns the loop is given at the end: it is the loop that closes a stream left by `break`."""
@@ -186,16 +189,25 @@ class NatsLink:
         if not ask.is_named:
             return await self._reply_within(ask, subject, ask.timeout_s)
         asked: set[asyncio.Task[Msg]] = set()
+        once_more = False
         try:
             while True:
                 back = asyncio.create_task(self._reconnected.wait())
                 asked.add(asyncio.create_task(self._reply_within(ask, subject, until_s - time.monotonic())))
-                while not back.done():
-                    await asyncio.wait({*asked, back}, return_when=asyncio.FIRST_COMPLETED)
+                # A cluster that is choosing leaders may drop what comes meanwhile.
+                again_s = time.monotonic() + _ELECTED_S if once_more else math.inf
+                once_more = False
+                while not back.done() and (left_s := again_s - time.monotonic()) > 0:
+                    patience_s = None if again_s == math.inf else left_s
+                    await asyncio.wait({*asked, back}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                     for task in [task for task in asked if task.done()]:
                         if task.exception() is None or len(asked) == 1:
                             return task.result()
                         asked.discard(task)  # it says nothing while another is out
+                if back.done():
+                    once_more = True
+                else:
+                    back.cancel()
         finally:
             back.cancel()
             for task in asked:
