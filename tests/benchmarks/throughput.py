@@ -1,9 +1,10 @@
 """Tokens/s and time to the first token of this project's node over HTTP, audit on, beside llama-server on one file.
 
-`python -m tests.benchmarks.throughput [--widths 1,2,4,8,16] [--prompts 64,512] [--rounds 3]`. `LLAMA_SERVER` names the
-binary (`make llama-server` builds it); without one the run says so and measures the node and `llama_cpp.Llama` behind
-a lock alone. The model is a random-weight one of about 0.4B parameters, vocabulary 152k, Q4_K_M. Peers take turns
-within a round; ratios are taken round by round, and their median is printed with its spread.
+`python -m tests.benchmarks.throughput [--widths 1,2,4,8,16] [--prompts 64,512] [--rounds 3] [--shared 0]`.
+`LLAMA_SERVER` names the binary (`make llama-server` builds it); without one the run says so and measures the node and
+`llama_cpp.Llama` behind a lock alone. The model is a random-weight one of about 0.4B parameters, vocabulary 152k,
+Q4_K_M. Both servers are up and take turns burst by burst; ratios are taken round by round, and their median is printed
+with its spread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import plotext
@@ -71,10 +73,11 @@ def write_model(folder: Path) -> Path:
     return small
 
 
-def prompts(n: int, length: int, seed: int) -> list[list[int]]:
-    """Random prompts that share nothing."""
+def prompts(n: int, length: int, seed: int, n_shared: int = 0) -> list[list[int]]:
+    """Random prompts that share their first `n_shared` tokens and nothing of the `length` behind them."""
     drawn = random.Random(seed)
-    return [[drawn.randrange(300, N_VOCAB) for _ in range(length)] for _ in range(n)]
+    shared = [drawn.randrange(300, N_VOCAB) for _ in range(n_shared)]
+    return [shared + [drawn.randrange(300, N_VOCAB) for _ in range(length)] for _ in range(n)]
 
 
 def locked(model: Path, asked: list[list[int]], n_ctx: int, n_threads: int) -> float:
@@ -89,6 +92,7 @@ def main() -> None:
     parser.add_argument("--widths", default="1,2,4,8,16")
     parser.add_argument("--prompts", default="64,512")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shared", type=int, default=0, help="tokens that all prompts of a burst begin with")
     parser.add_argument("--json", type=Path, default=ROOT / ".build/bench.json")
     options = parser.parse_args()
     n_threads = os.cpu_count() or 1
@@ -101,32 +105,34 @@ def main() -> None:
     lengths = [int(word) for word in options.prompts.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         model, home = write_model(Path(folder)), Path(folder) / "home"
-        for number in range(options.rounds):
-            for length in lengths:
-                n_ctx = 1024 if length <= 512 else 2 * length
-                for width in widths:
-                    asked = prompts(width, length, seed=hash((number, length, width)))
-                    warm = prompts(1, 32, seed=number)
-                    kinds = ["infsvc", "llama-server"] if server else ["infsvc"]
-                    for kind in kinds if number % 2 == 0 else reversed(kinds):
-                        running = (
-                            node(model, home, n_slots=width, n_ctx=n_ctx, MODEL_THREADS=n_threads)
-                            if kind == "infsvc"
-                            else llama_server(
-                                Path(server or ""), model, Path(folder) / "llama-server.log",
-                                n_slots=width, n_ctx=n_ctx, n_threads=n_threads,
+        for length in lengths:
+            n_ctx = 1024 if options.shared + length <= 512 else 2 * (options.shared + length)
+            for width in widths:
+                with ExitStack() as running:
+                    peers = [
+                        running.enter_context(node(model, home, n_slots=width, n_ctx=n_ctx, MODEL_THREADS=n_threads))
+                    ]
+                    if server:
+                        log = Path(folder) / "llama-server.log"
+                        peers.append(
+                            running.enter_context(
+                                llama_server(Path(server), model, log, n_slots=width, n_ctx=n_ctx, n_threads=n_threads)
                             )
-                        )  # fmt: skip
-                        with running as peer:
-                            burst(peer, warm, 4)
-                            load = burst(peer, asked, N_OUT)
-                        rows[length, width][kind].append(load)
-                        print(
-                            f"round {number + 1}  prompt {length:4}  streams {width:2}  {kind:12}  "
-                            f"{load.tokens_per_s:7.1f} tok/s  first {load.ttft_ms:8.0f} ms",
-                            flush=True,
                         )
-            if 16 in widths:
+                    for peer in peers:
+                        burst(peer, prompts(1, 32, seed=width), 4)
+                    for number in range(options.rounds):
+                        asked = prompts(width, length, hash((number, length, width)), options.shared)
+                        for peer in peers if number % 2 == 0 else reversed(peers):
+                            load = burst(peer, asked, N_OUT)
+                            rows[length, width][peer.name].append(load)
+                            print(
+                                f"round {number + 1}  prompt {length:4}  streams {width:2}  {peer.name:12}  "
+                                f"{load.tokens_per_s:7.1f} tok/s  first {load.ttft_ms:8.0f} ms",
+                                flush=True,
+                            )
+        if 16 in widths:
+            for number in range(min(options.rounds, 3)):
                 slow = locked(model, prompts(16, lengths[0], seed=number), 1024, n_threads)
                 locked_tokens.append(slow)
                 print(f"round {number + 1}  prompt {lengths[0]:4}  streams 16  locked Llama  {slow:7.1f} tok/s")
@@ -158,7 +164,7 @@ def report(
         told.append(entry)
     wide = rows.get((lengths[0], 16), {}).get("infsvc", [])
     if locked_tokens and wide:
-        ratios = [load.tokens_per_s / slow for load, slow in zip(wide, locked_tokens, strict=True)]
+        ratios = [load.tokens_per_s / slow for load, slow in zip(wide, locked_tokens, strict=False)]
         print(f"16 streams against Llama behind a lock: {_spread(ratios)}")
         told.append({"streams": 16, "locked_ratios": ratios})
     path.parent.mkdir(parents=True, exist_ok=True)
