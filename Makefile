@@ -51,7 +51,7 @@ test: $(BIN)/.node
 	@$(BIN)/infsvc $(if $(shell grep -s '^MODEL_FORMAT=embedding' envs/worker.$(WORKER).env),embed --input 'hello',chat --max-tokens 32 --input 'hello') -m $(WORKER)
 else
 test: $(BIN)/.dev ## install what is missing and run the tests; with WORKER=name, ask that model of the running node
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile
 endif
 
 soak: $(BIN)/.dev ## the long tests: fuzz in tens of thousands, loads for minutes

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,15 @@ ENDLESS = {"max_tokens": 100_000, "ignore_eos": True, "temperature": 0}
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on now, nor any test beside this one, nor the system for a connection's own end: those
+    come from 32768 up."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 10_000 + worker % 8 * 2_500
+    while True:
+        port = first + secrets.randbelow(2_500)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def add_worker(home: Path, name: str, model: Path | None, **keys: Any) -> None:

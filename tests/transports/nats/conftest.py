@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from nats.aio.subscription import Subscription
 
 from infsvc.events import BrokerStateChanged, Event, EventBus
 from infsvc.home import Home
+from tests.nodes import free_port
 from transports.nats.broker import EmbeddedBroker
 from transports.nats.bus import Bus
 from transports.nats.durable import Durable
@@ -27,12 +27,6 @@ from transports.nats.queue_desk import QueueDesk
 from .fakes import FakeFleet, FakeService, FakeWorker
 
 PATIENCE_S = 10.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

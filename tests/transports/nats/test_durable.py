@@ -564,6 +564,9 @@ async def test_an_answer_that_a_dying_broker_has_not_read_is_sent_again(
     assert embedded is not None
     assert embedded.pid is not None
     os.kill(embedded.pid, signal.SIGSTOP)
+    stats = list(Path(f"/proc/{embedded.pid}/task").glob("*/stat"))
+    while any(stat.read_text().rpartition(") ")[2][0] != "T" for stat in stats):
+        await asyncio.sleep(0)  # each of its threads may still have read the answer
     doors.service.live["r"].let_go()
     await doors.service.live["r"].result()
     await asyncio.sleep(0.1)  # the answer is in the buffers of a socket by now
