@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import shutil
 import socket
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from infsvc.home import Home
+from engine.probe import probe
+from infsvc.home import Home, app_root
 from infsvc.settings import load_node_settings, load_workers
 from transports.node import Node
 
@@ -30,11 +35,22 @@ def free_port() -> int:
             return port
 
 
+@cache
+def _probed() -> bytes:
+    """What a node's first start would find out about this machine; found out once a run."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside_the_loop:
+        kept = Path(folder) / "probe.json"
+        beside_the_loop.submit(asyncio.run, probe(app_root() / "data/models/demo/model.gguf", kept)).result()
+        return kept.read_bytes()
+
+
 def add_worker(home: Path, name: str, model: Path | None, **keys: Any) -> None:
     """Writes a worker file, and puts a model's file where it looks for it."""
     settings = {"HTTP_ADDR": ":0", "MODEL_THREADS": 1, "WORKER_CONCURRENCY": 4, "CTX_SIZE": 1024} | keys
     text = "".join(f"{key}={value}\n" for key, value in settings.items())
-    (home / "envs").mkdir(parents=True, exist_ok=True)
+    for folder in ("envs", "data/run"):
+        (home / folder).mkdir(parents=True, exist_ok=True)
+    (home / "data/run/probe.json").write_bytes(_probed())
     (home / f"envs/worker.{name}.env").write_text(text)
     if model is not None:
         target = home / f"data/models/{name}/model.gguf"

@@ -64,7 +64,6 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environ(tmp_path: Path, long_model: Path) -> dict[str, str]:
     """A home with the model `tiny`, a gateway and a broker on ports of their own."""
     add_worker(tmp_path, "tiny", long_model, CTX_SIZE=16384)
-    # The proof that the build decodes is tested elsewhere; here it would be made anew for each home.
     return node_environ(tmp_path, gateway=f":{free_port()}")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -83,14 +81,7 @@ def test_a_login_of_nats_is_none_for_http() -> None:
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "user.nk").write_text(f"SU{'A' * 56}")
-    real = builtins.__import__
-
-    def without_nkeys(name: str, *rest: Any) -> Any:
-        if name == "nkeys":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_nkeys)
+    monkeypatch.setitem(sys.modules, "nkeys", None)
     with pytest.raises(ConfigError, match=r"needs the package nkeys: pip install 'infsvc\[nkeys\]'"):
         NatsLogin.of("nats://h", nkey=str(tmp_path / "user.nk")).options()
 
