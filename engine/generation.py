@@ -86,7 +86,7 @@ class Generation:
         self._chunks: deque[Chunk] = deque()
         self._n_chunks = 0
         self._chunk_s: float | None = None
-        self._wake = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
         self._ended = asyncio.Event()
 
     def attach(self, sequence: Sequence) -> None:
@@ -139,8 +139,8 @@ class Generation:
             if self.finished:
                 self._raise_if_died()
                 return
-            self._wake.clear()
-            await self._wake.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
 
     async def result(self) -> CompletionReply:
         """Waits for the end and returns the reply; raises `EngineFailed` when the engine died."""
@@ -161,12 +161,11 @@ class Generation:
         try:
             self._take(event)
         finally:
-            self._wake.set()
+            if self._reader is not None and not self._reader.done():
+                self._reader.set_result(None)
 
     def _take(self, event: SequenceEvent) -> None:
         match event:
-            case SequenceStarted():
-                self.slot = event.slot
             case TokenEmitted() if self._parser.ended:
                 pass  # drawn before the engine heard that the answer is complete
             case TokenEmitted():
@@ -180,6 +179,8 @@ class Generation:
                 self._show(self._parser.feed(event.text), step_s=event.at_s)
                 if self._parser.ended:
                     self.cancel()
+            case SequenceStarted():
+                self.slot = event.slot
             case SequenceFinished():
                 complete = self._parser.ended and event.reason in ("cancelled", "length")
                 if (event.reason == "cancelled" and not complete) or self._first_s is None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -357,50 +357,64 @@ async def _frames(
 ) -> AsyncGenerator[bytes, None]:
     """Events of all choices as they come, then the usage where it is asked for, then `[DONE]`."""
     envelope = shape.envelope(shape.part) | ({"usage": None} if include_usage else {})
-    frames: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    choices = [_parts(index, each, shape) for index, each in enumerate(generations)]
+    async with aclosing(choices[0] if len(choices) == 1 else _merged(choices)) as parts:
+        failed = False
+        async for part in parts:
+            failed = failed or "error" in part
+            yield data(part if "error" in part else envelope | {"choices": [part]})
+    if failed:
+        return
+    if include_usage:
+        replies = [each.reply for each in generations if each.reply is not None]
+        yield data(envelope | {"choices": [], "usage": _usage(replies)})
+    yield _DONE
 
-    async def follow(index: int, generation: Generation) -> None:
-        n_calls = 0
+
+async def _parts(index: int, generation: Generation, shape: _Shape) -> AsyncGenerator[dict[str, Any], None]:
+    """One choice's parts in order; an error in their place is its last."""
+    n_calls = 0
+    try:
+        if (opening := shape.opening()) is not None:
+            yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
+        async for chunk in generation:
+            yield shape.piece(index, chunk, n_calls)
+            n_calls += len(chunk.tool_calls)
+        reply = await generation.result()
+        yield shape.end(index, reply.finish_reason)
+    except RequestError as error:
+        yield error.openai()
+    except Exception:
+        log.exception(
+            "a stream failed",
+            extra={"code": "http.failed", "meta": {"req_id": generation.req_id}, "model": generation.model},
+        )
+        yield Internal().openai()
+
+
+async def _merged(choices: Sequence[AsyncGenerator[dict[str, Any], None]]) -> AsyncGenerator[dict[str, Any], None]:
+    """The parts of several choices as they come; those of one in its order."""
+    parts: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+    async def follow(choice: AsyncGenerator[dict[str, Any], None]) -> None:
         try:
-            if (opening := shape.opening()) is not None:
-                await frames.put(
-                    envelope
-                    | {"choices": [{"index": index, "delta": opening, "logprobs": None, "finish_reason": None}]}
-                )
-            async for chunk in generation:
-                await frames.put(envelope | {"choices": [shape.piece(index, chunk, n_calls)]})
-                n_calls += len(chunk.tool_calls)
-            reply = await generation.result()
-            await frames.put(envelope | {"choices": [shape.end(index, reply.finish_reason)]})
-        except RequestError as error:
-            await frames.put(error.openai())
-        except Exception:
-            log.exception(
-                "a stream failed",
-                extra={"code": "http.failed", "meta": {"req_id": generation.req_id}, "model": generation.model},
-            )
-            await frames.put(Internal().openai())
+            async with aclosing(choice):
+                async for part in choice:
+                    parts.put_nowait(part)
         finally:
-            await frames.put(None)
+            parts.put_nowait(None)
 
     followers = [
-        asyncio.create_task(follow(index, each), name=f"http-choice-{index}") for index, each in enumerate(generations)
+        asyncio.create_task(follow(choice), name=f"http-choice-{index}") for index, choice in enumerate(choices)
     ]
     try:
-        left, failed = len(followers), False
-        while left:
-            frame = await frames.get()
-            if frame is None:
-                left -= 1
-                continue
-            failed = failed or "error" in frame
-            yield data(frame)
-        if failed:
-            return
-        if include_usage:
-            replies = [each.reply for each in generations if each.reply is not None]
-            yield data(envelope | {"choices": [], "usage": _usage(replies)})
-        yield _DONE
+        n_left = len(followers)
+        while n_left:
+            part = await parts.get()
+            if part is None:
+                n_left -= 1
+            else:
+                yield part
     finally:
         for follower in followers:
             follower.cancel()

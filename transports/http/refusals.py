@@ -74,10 +74,12 @@ class Internal(RequestError):
         super().__init__("an internal error; the node's log says more")
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
+
+
 def dumps(content: Any) -> bytes:
     """`content` as compact JSON. A lone surrogate, which UTF-8 cannot carry, becomes its JSON escape."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=str)
-    return text.encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(content).encode("utf-8", "backslashreplace")
 
 
 class Json(Response):

@@ -7,6 +7,7 @@ works. Nothing here knows what is streamed.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -103,7 +104,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._sent_s = asyncio.get_running_loop().time()
+            self._sent_s = time.monotonic()
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             if scope["method"] != "HEAD":
                 async with (
@@ -119,12 +120,12 @@ class EventStream(Response):
             self._stop()
 
     async def _send(self, send: Send, frame: bytes) -> None:
-        self._sent_s = asyncio.get_running_loop().time()
+        self._sent_s = time.monotonic()
         await send({"type": "http.response.body", "body": frame, "more_body": True})
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
-            silent_s = asyncio.get_running_loop().time() - self._sent_s
+            silent_s = time.monotonic() - self._sent_s
             if silent_s >= self._quiet_s:
                 await self._send(send, self._quiet)
             else:
