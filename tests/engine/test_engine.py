@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from engine.engine import Engine, EngineOptions
-from engine.llama import LlamaContext, LlamaError
+from engine.llama import LlamaContext
 from engine.sequence import SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
-from infsvc.errors import LoadError
+from infsvc.errors import LlamaError, LoadError
 from tests.engine.parts import Heard, run, running_engine, sequence, spec
 from tests.tiny_models import write_tiny_model
 

@@ -18,11 +18,10 @@ from engine.llama import (
     DECODE_OK,
     Batch,
     LlamaContext,
-    LlamaError,
     LlamaModel,
     SamplerChain,
 )
-from infsvc.errors import LoadError, ModelFileError
+from infsvc.errors import LlamaError, LoadError, ModelFileError
 from tests.engine.gguf_files import rewrite
 from tests.engine.parts import spec
 from tests.tiny_models import byte_symbols
