@@ -10,8 +10,6 @@ straight to a node: to the one with the most room where the roster is kept, else
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import math
 import re
 import time
@@ -21,14 +19,13 @@ from typing import Any
 
 from nats.aio.client import Client as Connection
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeout
 from pydantic import ValidationError
 
 from infsvc import subjects
-from infsvc.client import CLIENT_ID, Ask, read_answer
+from infsvc.client import Ask
 from infsvc.errors import (
     ClientError,
     ModelNotLoaded,
@@ -38,21 +35,15 @@ from infsvc.errors import (
     UnknownModel,
     UnknownRequest,
     Unreachable,
-    rebuilt,
 )
+from infsvc.nats_jobs import NatsJobs
 from infsvc.nats_login import NatsLogin
+from infsvc.nats_messages import answer_of, encode, headers_of, unsubscribed
 from infsvc.roster import Roster, roomiest
 from infsvc.types import Capability, HealthDocument, ServiceDocument
 from infsvc.watch import Watch
 
 CONNECT_S = 5.0
-ACK_S = 15.0
-"""How long the broker may take to confirm a durable request; a cluster that lost a server needs up to 10 s."""
-
-ASK_AGAIN_S = 15.0
-"""How long a durable answer is waited for before it is asked for again."""
-
-_TRY_S = 3.0
 _LEADERLESS_S = 0.25
 _MOVE_S = 5.0
 """How long a node may take from a server of a cluster that died to another one."""
@@ -61,12 +52,6 @@ _ELECTED_S = 10.0
 _CLOSE_S = 1.0
 _TURNS = 5
 """How many turns the loop is given at the end: it is the loop that closes a stream left by `break`."""
-
-_QUEUE_FULL = 10077
-_NOT_YET = frozenset({"queue_full", "draining", "model_not_loaded"})
-"""Refusals of a repeated question, which say nothing about the durable request itself."""
-
-_TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 class NatsLink:
@@ -80,8 +65,7 @@ class NatsLink:
         self._watch: Watch | None = None
         self._routes: set[_Route] = set()
         self._watching = asyncio.Lock()
-        self._jobs: dict[str, tuple[asyncio.Future[dict[str, Any]], list[Subscription]]] = {}
-        self._repeated: set[str] = set()
+        self._jobs = NatsJobs(self._nc, farewell=self._farewell)
         self._farewells: set[asyncio.Task[None]] = set()
         self._last_error: Exception | None = None
 
@@ -144,9 +128,7 @@ class NatsLink:
             await asyncio.wait(self._farewells, timeout=_CLOSE_S)
         if self._watch is not None:
             await self._watch.close()
-        for future, _ in self._jobs.values():
-            future.cancel()
-        self._jobs.clear()
+        self._jobs.close()
         await self._leave()
 
     async def _leave(self) -> None:
@@ -180,41 +162,31 @@ class NatsLink:
                     raise
                 except (NatsError, OSError) as error:
                     raise self._broken(error) from None
-                return _answer(message, subject)
+                return answer_of(message, subject)
 
     async def _reply(self, ask: Ask, subject: str) -> Msg:
         """The reply to a request. One that is named is asked again after a connection that was lost, as the answer may
-        have been lost with it: whoever has answered a `req_id` gives the same answer."""
+        have been lost with it: whoever has answered a `req_id` gives the same answer. And once more a while later, as
+        a cluster that is choosing leaders may drop what comes meanwhile."""
         until_s = time.monotonic() + ask.timeout_s
         if not ask.is_named:
             return await self._reply_within(ask, subject, ask.timeout_s)
-        asked: set[asyncio.Task[Msg]] = set()
-        once_more = False
+        tries: set[asyncio.Task[Msg]] = set()
+        again_s = math.inf
         try:
             while True:
-                back = asyncio.create_task(self._reconnected.wait())
-                asked.add(asyncio.create_task(self._reply_within(ask, subject, until_s - time.monotonic())))
-                # A cluster that is choosing leaders may drop what comes meanwhile.
-                again_s = time.monotonic() + _ELECTED_S if once_more else math.inf
-                once_more = False
-                while not back.done() and (left_s := again_s - time.monotonic()) > 0:
-                    patience_s = None if again_s == math.inf else left_s
-                    await asyncio.wait({*asked, back}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                    for task in [task for task in asked if task.done()]:
-                        if task.exception() is None or len(asked) == 1:
-                            return task.result()
-                        asked.discard(task)  # it says nothing while another is out
-                if back.done():
-                    once_more = True
-                else:
-                    back.cancel()
+                back = self._reconnected
+                tries.add(asyncio.create_task(self._reply_within(ask, subject, until_s - time.monotonic())))
+                ended = await _first_reply(tries, back, again_s)
+                if ended is not None:
+                    return ended.result()
+                again_s = time.monotonic() + _ELECTED_S if back.is_set() else math.inf
         finally:
-            back.cancel()
-            for task in asked:
-                task.cancel()
+            for each in tries:
+                each.cancel()
 
     async def _reply_within(self, ask: Ask, subject: str, timeout_s: float) -> Msg:
-        data, headers = _bytes(ask.body), _headers(ask)
+        data, headers = encode(ask.body), headers_of(ask)
         return await self._nc.request(subject, data, timeout=max(0.001, timeout_s), headers=headers)
 
     async def _came_back(self) -> None:
@@ -246,7 +218,7 @@ class NatsLink:
                     except (NatsError, OSError) as error:
                         raise self._broken(error) from None
                     try:
-                        event = _answer(message, subject)
+                        event = answer_of(message, subject)
                     except RequestError:
                         ended = True
                         raise
@@ -265,11 +237,11 @@ class NatsLink:
         finally:
             if not ended:
                 self._farewell(self._stop(ask.req_id))
-            self._farewell(_unsubscribed(answers))
+            self._farewell(unsubscribed(answers))
 
     async def _publish(self, subject: str, ask: Ask, inbox: str) -> None:
         try:
-            await self._nc.publish(subject, _bytes(ask.body), reply=inbox, headers=_headers(ask))
+            await self._nc.publish(subject, encode(ask.body), reply=inbox, headers=headers_of(ask))
         except (NatsError, OSError) as error:
             raise self._broken(error) from None
 
@@ -293,138 +265,38 @@ class NatsLink:
 
     async def cancel(self, req_id: str, timeout_s: float) -> None:
         try:
-            message = await self._nc.request(subjects.CANCEL, _bytes({"req_id": req_id}), timeout=timeout_s)
+            message = await self._nc.request(subjects.CANCEL, encode({"req_id": req_id}), timeout=timeout_s)
         except (NatsTimeout, NoRespondersError):
             # Only the owner answers.
             raise UnknownRequest(f"no node says that {req_id} runs or waits there: it may have ended") from None
         except (NatsError, OSError) as error:
             raise self._broken(error) from None
-        _answer(message, subjects.CANCEL)
+        answer_of(message, subjects.CANCEL)
 
     async def submit(self, ask: Ask) -> None:
         model = _checked(ask.model)
-        await self._await_job(ask)
-        subject = await self._queue(model)
-        headers = {subjects.MSG_ID_HEADER: subjects.msg_id(model, ask.req_id), subjects.CLIENT_HEADER: CLIENT_ID}
         try:
-            message, again = await self._receipt(subject, ask, headers)
-            if _acknowledged(message, model, subject) and not again:
-                self._repeated.add(ask.req_id)
-        except BaseException as error:
-            self._forget_job(ask.req_id)
-            if isinstance(error, NoRespondersError):
-                found = await self._find(model)
-                if found is None or found.status == "offline":
-                    raise await self._nobody(model) from None
-                raise Unreachable(
-                    f"{model} has no durable queue at {self._shown}: does its broker run without JetStream?"
-                ) from None
-            if isinstance(error, NatsTimeout):
-                raise NoAnswer(
-                    f"the broker did not confirm {ask.req_id}; it may have it all the same: "
-                    "submit again with that req_id, and it is executed once"
-                ) from None
-            if isinstance(error, NatsError | OSError):
-                raise self._broken(error) from None
-            raise
-
-    async def _receipt(self, subject: str, ask: Ask, headers: dict[str, str]) -> tuple[Msg, bool]:
-        """The broker's receipt for a durable request, and whether it took more than one try: of a cluster, a server may
-        have gone with it, or the queue be without a leader. The id makes a second try harmless."""
-        until_s = time.monotonic() + min(ACK_S, ask.timeout_s)
-        again = False
-        while True:
-            left_s = until_s - time.monotonic()
-            try:
-                data = _bytes(_durable(ask.body))
-                timeout_s = max(0.001, min(left_s, _TRY_S))
-                return await self._nc.request(subject, data, timeout=timeout_s, headers=dict(headers)), again
-            except NatsTimeout:
-                if time.monotonic() >= until_s:
-                    raise
-            except NoRespondersError:
-                if left_s <= 0 or not await self._has_jetstream():
-                    raise
-                await asyncio.sleep(_LEADERLESS_S)
-            again = True
-
-    async def _has_jetstream(self) -> bool:
-        try:
-            await self._nc.request("$JS.API.INFO", timeout=_TRY_S)
+            await self._jobs.submit(ask, model, await self._queue(model))
         except NoRespondersError:
-            return False
+            found = await self._find(model)
+            if found is None or found.status == "offline":
+                raise await self._nobody(model) from None
+            raise Unreachable(
+                f"{model} has no durable queue at {self._shown}: does its broker run without JetStream?"
+            ) from None
         except NatsTimeout:
-            pass
-        return True
-
-    async def result(self, ask: Ask) -> dict[str, Any]:
-        """Waits on where the answer goes, and asks for it again from time to time: a node gives a known answer again,
-        which finds one that came before, or while the connection was away."""
-        deadline_s = time.monotonic() + ask.timeout_s
-        # What was asked before may have been answered before.
-        known = ask.req_id in self._jobs and ask.req_id not in self._repeated
-        future = await self._await_job(ask)
-        wait_s = ASK_AGAIN_S if known else 0.0
-        try:
-            while (left_s := deadline_s - time.monotonic()) > 0:
-                done, _ = await asyncio.wait({future}, timeout=min(wait_s, left_s))
-                if done:
-                    return future.result()
-                await self._ask_again(ask)
-                wait_s = ASK_AGAIN_S
-            raise NoAnswer(f"{ask.req_id} was not answered within {ask.timeout_s:g} s; it goes on all the same")
-        finally:
-            if future.done():
-                self._forget_job(ask.req_id)
-
-    async def _await_job(self, ask: Ask) -> asyncio.Future[dict[str, Any]]:
-        """Listens where the answer goes, before it can come."""
-        if ask.req_id in self._jobs:
-            return self._jobs[ask.req_id][0]
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-
-        def settle(message: Msg, *, final: bool) -> None:
-            if future.done() or (message.headers and message.headers.get("Status") == "503"):
-                return
-            try:
-                answer = _answer(message, message.subject)
-            except RequestError as error:
-                if final or error.code not in _NOT_YET:
-                    future.set_exception(error)
-                    future.exception()  # read here, so that one whom nobody asks about is no complaint
-            except ClientError:
-                return
-            else:
-                future.set_result(answer)
-
-        async def copied(message: Msg) -> None:
-            settle(message, final=True)
-
-        async def repeated(message: Msg) -> None:
-            settle(message, final=False)
-
-        try:
-            subscriptions = [
-                await self._nc.subscribe(_reply_to(ask.body), cb=copied),
-                await self._nc.subscribe(self._job_inbox(ask.req_id), cb=repeated),
-            ]
+            raise NoAnswer(
+                f"the broker did not confirm {ask.req_id}; it may have it all the same: "
+                "submit again with that req_id, and it is executed once"
+            ) from None
         except (NatsError, OSError) as error:
             raise self._broken(error) from None
-        self._jobs[ask.req_id] = (future, subscriptions)
-        return future
 
-    def _forget_job(self, req_id: str) -> None:
-        self._repeated.discard(req_id)
-        for subscription in self._jobs.pop(req_id, (None, []))[1]:
-            self._farewell(_unsubscribed(subscription))
-
-    async def _ask_again(self, ask: Ask) -> None:
-        with suppress(NatsError, OSError):
-            subject = await self._subject(ask)
-            await self._nc.publish(subject, _bytes(_durable(ask.body)), reply=self._job_inbox(ask.req_id))
-
-    def _job_inbox(self, req_id: str) -> str:
-        return f"_INBOX.infsvc.{_digest(f'{id(self)} {req_id}')}"
+    async def result(self, ask: Ask) -> dict[str, Any]:
+        try:
+            return await self._jobs.result(ask, self._subject)
+        except (NatsError, OSError) as error:
+            raise self._broken(error) from None
 
     @asynccontextmanager
     async def _route(self, ask: Ask, *, embedding: bool = False) -> AsyncIterator[_Route]:
@@ -504,7 +376,7 @@ class NatsLink:
 
     async def _stop(self, req_id: str) -> None:
         with suppress(NatsError, OSError):
-            await self._nc.publish(subjects.CANCEL, _bytes({"req_id": req_id}))
+            await self._nc.publish(subjects.CANCEL, encode({"req_id": req_id}))
 
     def _farewell(self, work: Coroutine[Any, Any, None]) -> None:
         """Sends a last word in a task of its own, because its sender is being cancelled or closed."""
@@ -562,59 +434,21 @@ class _Route:
         return self._last
 
 
-async def _unsubscribed(subscription: Subscription) -> None:
-    with suppress(NatsError, OSError):
-        await subscription.unsubscribe()
-
-
-def _bytes(body: dict[str, Any]) -> bytes:
+async def _first_reply(tries: set[asyncio.Task[Msg]], back: asyncio.Event, until_s: float) -> asyncio.Task[Msg] | None:
+    """The try that was answered, or the only one when it failed; None when the connection is back after a loss, or at
+    `until_s`. A failed one beside others says nothing, and leaves `tries`."""
+    returning = asyncio.create_task(back.wait())
     try:
-        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ClientError(f"the request cannot be written as JSON: {error}") from None
-
-
-def _headers(ask: Ask) -> dict[str, str]:
-    headers = {subjects.DEADLINE_HEADER: f"{time.time() + ask.timeout_s:.3f}", subjects.CLIENT_HEADER: CLIENT_ID}
-    return headers if ask.is_named else headers | {subjects.REQ_ID_HEADER: ask.req_id}
-
-
-def _answer(message: Msg, subject: str) -> dict[str, Any]:
-    body = read_answer(message.data, source=subject)
-    if "stream" in body and "seq" in body and "req_id" not in body:
-        raise ClientError(
-            f"the stream {body['stream']} stores {subject} and answered in the model's place: "
-            "take that subject out of the stream"
-        )
-    return body
-
-
-def _durable(body: dict[str, Any]) -> dict[str, Any]:
-    return body | {"reply_to": _reply_to(body)}
-
-
-def _reply_to(body: dict[str, Any]) -> str:
-    req_id = str(body["req_id"])
-    return f"{subjects.REPLY_PREFIX}.{req_id if _TOKEN.fullmatch(req_id) else _digest(req_id)}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
-
-
-def _acknowledged(message: Msg, model: str, subject: str) -> bool:
-    """Checks a PubAck; whether the broker had the request before."""
-    try:
-        body = json.loads(message.data)
-        error = body.get("error")
-    except (ValueError, AttributeError):
-        raise ClientError(f"{subject} answered no receipt: is it JetStream's?") from None
-    if error:
-        if isinstance(error, dict) and error.get("err_code") == _QUEUE_FULL:
-            raise rebuilt({"code": "queue_full", "error": f"the durable queue of {model} is full: try again later"})
-        told = error.get("description") if isinstance(error, dict) else error
-        raise Unreachable(f"the broker did not take the request for {model}: {told}")
-    return bool(body.get("duplicate"))
+        while not returning.done() and (left_s := until_s - time.monotonic()) > 0:
+            patience_s = None if left_s == math.inf else left_s
+            await asyncio.wait({*tries, returning}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            for each in [each for each in tries if each.done()]:
+                if each.exception() is None or len(tries) == 1:
+                    return each
+                tries.discard(each)
+        return None
+    finally:
+        returning.cancel()
 
 
 def _checked(model: str | None) -> str:
