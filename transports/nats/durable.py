@@ -18,25 +18,23 @@ from contextlib import suppress
 from typing import Any
 
 from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 
 from engine.fleet import Fleet
 from engine.service import InferenceService
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.errors import GivenUp, QueueUnavailable, RequestError
-from infsvc.events import Alert, DeadLettersChanged, Event, ModelStateChanged, RequestFinished
+from infsvc.errors import QueueUnavailable
+from infsvc.events import Alert, Event, ModelStateChanged, RequestFinished
 from infsvc.types import ModelState
-from transports.nats.bus import Bus, heeding
-from transports.nats.dead_letters import DeadLetter, DeadLetters
-from transports.nats.exchange import Exchange, Exchanges, exchange_of
-from transports.nats.expiry import Expiry, expired
+from transports.nats.bus import Bus
+from transports.nats.exchange import Exchange, Exchanges
+from transports.nats.expiry import Expiry
 from transports.nats.intake import Intake
-from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, Kept, election_s
-from transports.nats.messages import encode, named, read_object
-from transports.nats.once import OnceBook, Overtaken, answer_of, body_hash
+from transports.nats.jetstream import SUBJECT_OVERLAP, JetStream, JetStreamFault, election_s
+from transports.nats.messages import encode
+from transports.nats.once import OnceBook
+from transports.nats.owners import Owners
 from transports.nats.puller import ConsumerGone
 from transports.nats.spool import Spool, name_of
 from transports.nats.streams import (
@@ -49,7 +47,8 @@ from transports.nats.streams import (
     spool_stream,
 )
 from transports.nats.subscriptions import is_served
-from transports.nats.work_queue import Taken, WorkQueue
+from transports.nats.undertaker import Undertaker
+from transports.nats.work_queue import WorkQueue
 
 log = logging.getLogger("infsvc.nats")
 
@@ -59,10 +58,6 @@ _SETTLE_S = 1.5
 _RETRY_S = 2.0
 _LOOK_S = 60.0
 """How often an operator's own streams are looked for."""
-_ASK_S = 1.0
-_N_SILENT = 10
-_MOVE_S = 2.0
-"""How long a process may take from a server of a cluster that died to another one."""
 _CLOSE_S = 2.0
 
 
@@ -93,14 +88,18 @@ class Durable:
         self.js = JetStream(bus)
         n_replicas = max((worker.settings.stream_replicas for worker in fleet.workers.values()), default=1)
         self.js.patience_s = self._election_s = election_s(n_replicas)
-        self.dead = DeadLetters(
+        self._owners = Owners(bus, self.instance, moves=bool(self._election_s), works_on=self._works_on)
+        self._undertaker = Undertaker(
+            bus,
             self.js,
-            tell=self._tell_dead,
-            close_case=self._close_case,
-            reopen=self._reopen,
-            counted=lambda n: bus.events.publish(DeadLettersChanged(n_kept=n)),
+            fleet,
+            service,
+            exchanges,
+            instance=self.instance,
+            alert=self._alert,
             n_replicas=n_replicas,
         )
+        self.dead = self._undertaker.dead
         self._lanes: dict[str, _Lane] = {}
         self._session: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -108,8 +107,6 @@ class Durable:
         self._off: str | None = None
         self._patient_until_s = 0.0
         self._foreign: dict[str, tuple[str, ...]] = {}
-        self._silent: dict[str, int] = {}
-        self._missing: dict[str, float] = {}
         self._handing_over: set[asyncio.Task[None]] = set()
         self._leaving = False
         bus.on_connected(self._connected)
@@ -191,7 +188,7 @@ class Durable:
 
     async def _connected(self, nc: Client) -> None:
         await self._end_session()
-        await nc.subscribe(subjects.owner(self.instance), cb=self._tell_owner)
+        await self._owners.listen(nc)
         self._session = asyncio.create_task(self._serve(nc), name="nats-durable")
 
     async def _end_session(self) -> None:
@@ -275,8 +272,8 @@ class Durable:
                 exchanges=self._exchanges,
                 service=self._service,
                 instance=self.instance,
-                alive=self._alive,
-                bury=self._bury,
+                alive=self._owners.alive,
+                bury=self._undertaker.bury,
             )
             intake = Intake(
                 worker,
@@ -316,7 +313,7 @@ class Durable:
                 lane.made = True
                 self._judge(lane, None)
                 runs = [lane.queue.run(nc)] + ([lane.spool.run(nc)] if lane.spools else [])
-                expiry = Expiry(lane.worker, self.js, expire=self._expire)
+                expiry = Expiry(lane.worker, self.js, expire=self._undertaker.expire)
                 await _all(*runs, expiry.run(), self._look_for_foreign(lane.worker))
             except (JetStreamFault, ConsumerGone, NatsError) as error:
                 if isinstance(error, JetStreamFault) and not lane.made and self._waits_for_a_leader(error):
@@ -391,7 +388,7 @@ class Durable:
         words += [self._foreign_words(model, names) for model, names in self._foreign.items() if names]
         self._bus.remark("; ".join(words) or None)
 
-    # What queues ask.
+    # What models and queues tell.
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, ModelStateChanged):
@@ -408,116 +405,9 @@ class Durable:
         if isinstance(event, ModelStateChanged | RequestFinished) and event.model in self._lanes:
             self._lanes[event.model].queue.wake()
 
-    async def _alive(self, instance: str, model: str, req_id: str) -> bool:
-        """Asks a process whether it is at work on a request. One that is there and silent counts so for a while."""
-        nc = self._bus.nc
-        if nc is None or not nc.is_connected:
-            raise JetStreamFault("there is no connection to the broker")
-        try:
-            body = encode({"model": model, "req_id": req_id})
-            message = await heeding(nc.request(subjects.owner(instance), body, timeout=_ASK_S))
-            answer = read_object(message.data)
-        except NoRespondersError:
-            # In a cluster it may be on its way to another server.
-            missing_s = time.monotonic() - self._missing.setdefault(instance, time.monotonic())
-            return bool(self._election_s) and missing_s < _MOVE_S
-        except (TimeoutError, NatsError, RequestError):
-            self._silent[instance] = self._silent.get(instance, 0) + 1
-            return self._silent[instance] < _N_SILENT
-        self._silent.pop(instance, None)
-        self._missing.pop(instance, None)
-        return answer.get("running") is True
-
-    async def _tell_owner(self, message: Msg) -> None:
-        with suppress(RequestError):
-            body = read_object(message.data)
-            lane = self._lanes.get(named(body, "model") or "")
-            running = lane is not None and lane.queue.works_on(named(body, "req_id") or "")
-            if message.reply:
-                await self._bus.publish(message.reply, encode({"running": running}))
-
-    # Dead letters.
-
-    async def _bury(self, taken: Taken, reason: str) -> None:
-        settings = taken.exchange.worker.settings
-        await self.dead.bury(
-            model=settings.model_name,
-            reason=reason,
-            stream=settings.stream_name,
-            seq=taken.seq,
-            subject=taken.exchange.queue_subject,
-            n_delivered=taken.n_delivered,
-            body=taken.exchange.data,
-            headers=dict(taken.exchange.headers),
-        )
-
-    async def _tell_dead(self, letter: DeadLetter) -> None:
-        of = f" {letter.req_id}" if letter.req_id else ""
-        await self._alert(letter.model, "critical", f"request{of} for {letter.model} is a dead letter: {letter.reason}")
-
-    async def _expire(self, worker: Worker, kept: Kept) -> None:
-        """Ends a message that no node was given in time: kept as a dead letter first, then taken out of the queue; the
-        one node that took it out tells the caller. A repeat of what was answered is answered so."""
-        settings, late = worker.settings, expired(worker.settings)
-        exchange = exchange_of(worker, kept)
-        if exchange.req_id is not None and exchange.request is not None:
-            record = await OnceBook(self.js, once_bucket(settings)).read(exchange.req_id)
-            if record is not None and record.state == "done" and record.body == body_hash(exchange.body):
-                if await self.js.delete(settings.stream_name, kept.seq):
-                    await self._exchanges.repeat(exchange, answer_of(record, exchange.req_id))
-                return
-        await self.dead.bury(
-            model=worker.name,
-            reason=str(late),
-            stream=settings.stream_name,
-            seq=kept.seq,
-            subject=settings.queue_subject,
-            n_delivered=0,
-            body=kept.data,
-            headers=kept.headers,
-        )
-        if await self.js.delete(settings.stream_name, kept.seq):
-            if exchange.request is not None:
-                self._service.refused(exchange.inference(queued=True), late)
-            await self._close_case(worker.name, kept, str(late), late)
-
-    async def _close_case(self, model: str, kept: Kept, reason: str, error: RequestError | None = None) -> bool:
-        """Answers the caller of a message that was given up; False when it was answered after all."""
-        worker = self._fleet.workers.get(model)
-        if worker is None:
-            return True
-        exchange = exchange_of(worker, kept)
-        req_id = exchange.req_id
-        error = error or GivenUp(f"the request is kept as a dead letter: {reason}")
-        if req_id is not None:
-            book = OnceBook(self.js, once_bucket(worker.settings))
-            record = await book.read(req_id)
-            if record is not None and record.state == "done" and record.body == exchange.fingerprint:
-                return False
-            await book.write(
-                req_id,
-                "done",
-                body=exchange.fingerprint,
-                owner=self.instance,
-                seq=kept.seq,
-                answer=error.native(req_id),
-                over=None,
-                limit_bytes=self._bus.max_payload,
-            )
-        await self._exchanges.answer(exchange, error.native(req_id))
-        return True
-
-    async def _reopen(self, model: str, req_id: str) -> None:
-        worker = self._fleet.workers.get(model)
-        if worker is None:
-            return
-        book = OnceBook(self.js, once_bucket(worker.settings))
-        record = await book.read(req_id)
-        if record is not None and record.state == "done":
-            with suppress(Overtaken):
-                await book.write(
-                    req_id, "released", body=record.body, over=record.revision, limit_bytes=self._bus.max_payload
-                )
+    def _works_on(self, model: str, req_id: str) -> bool:
+        lane = self._lanes.get(model)
+        return lane is not None and lane.queue.works_on(req_id)
 
     async def _alert(self, model: str | None, level: str, words: str) -> None:
         alert = Alert(model=model, node=self._node, level=level, msg=words)
