@@ -186,7 +186,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     if data_start + data_end > size:
         missing = data_start + data_end - size
         raise ModelFileError(
-            f"{path} is truncated: {missing} of {data_start + data_end} bytes are missing; fetch it again"
+            f"{path} is truncated: {missing:,} of {data_start + data_end:,} bytes are missing; fetch it again"
         )
 
     arch = str(facts.get("general.architecture", "")) or "unknown"

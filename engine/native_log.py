@@ -17,6 +17,11 @@ from pathlib import Path
 _NOISE = re.compile(
     r"(llama_graph_n_input_tensors|graph_reserve|create_tensor|set_abort_callback|~llama_context|state_read_meta):?\b"
 )
+# How llama.cpp words a step that a cancel has ended: GGML_STATUS_ABORTED is 1, and llama_decode answers 2.
+_ABORTED = re.compile(
+    r"graph_compute_async failed with error 1$|failed to compute graph, compute status: 1$"
+    r"|failed to (decode|encode), ret = 2$"
+)
 _MAX_BYTES = 16 * 2**20
 _WARNING = re.compile(r"\b(warn(ing)?|deprecated)\b", re.IGNORECASE)
 _ERROR = re.compile(r"\b(error|failed|fatal|abort|assert)\b", re.IGNORECASE)
@@ -69,6 +74,8 @@ class NativeLog:
 
 def _level(text: str) -> str:
     """How serious a line of llama.cpp sounds; its own level is not in the text."""
+    if _ABORTED.search(text):
+        return "debug"
     if _ERROR.search(text):
         return "error" if "failed" in text.lower() or "fatal" in text.lower() or "abort" in text.lower() else "warning"
     if _NOISE.match(text):

@@ -76,18 +76,23 @@ class Home:
         return dict(sorted(found.items()))
 
     def make(self) -> None:
-        """Makes the folders a node writes to, or raises `HomeError`."""
-        try:
-            for folder in ("data/logs", "data/run", "data/models", "envs"):
-                (self.root / folder).mkdir(parents=True, exist_ok=True)
+        """Makes the folders a node writes to, or raises `HomeError` with the first that cannot be written. Models and
+        worker files may lie where nothing can be written: then none can be added."""
+        for folder in ("data/logs", "data/run"):
+            path = self.root / folder
+            try:
+                path.mkdir(parents=True, exist_ok=True)
                 # A name of its own: another process may look at the same moment.
-                with tempfile.TemporaryFile(dir=self.root / folder):
+                with tempfile.TemporaryFile(dir=path):
                     pass
-        except OSError as error:
-            raise HomeError(
-                f"the home folder {self.root} cannot be written ({error.strerror or error}): "
-                "make it writable, or name another with INFSVC_HOME"
-            ) from error
+            except OSError as error:
+                raise HomeError(
+                    f"{path} cannot be written ({error.strerror or error}): "
+                    "make the home folder writable, or name another with INFSVC_HOME"
+                ) from error
+        for folder in ("data/models", "envs"):
+            with suppress(OSError):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
 
     @property
     def node_file(self) -> Path:

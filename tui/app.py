@@ -218,13 +218,17 @@ class InfsvcApp(App[int]):
 
     def _keys(self) -> Iterable[tuple[str, str]]:
         """Key and sentence of every binding that works on this screen and has one."""
-        seen: set[str] = set()
+        own: dict[str, str] = {}
+        everywhere: dict[str, str] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
             told = active.tooltip or binding.description
-            if binding.id and told and told not in seen:
-                seen.add(told)
-                yield self.get_key_display(binding), told
+            if binding.id and told:
+                rows = everywhere if active.node is self else own
+                rows.setdefault(told, self.get_key_display(binding))
+        order = [getattr(binding, "tooltip", "") for binding in self.BINDINGS]
+        for rows in (own, dict(sorted(everywhere.items(), key=lambda row: order.index(row[0])))):
+            yield from ((key, told) for told, key in rows.items())
 
     def action_toggle_theme(self) -> None:
         self.theme = LIGHT.name if self.theme == DARK.name else DARK.name

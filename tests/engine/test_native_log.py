@@ -50,6 +50,19 @@ def test_new_whole_lines_are_read_once(tmp_path: Path) -> None:
     assert log.read() == []
 
 
+def test_a_step_that_a_cancel_has_ended_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "native.log"
+    log = NativeLog(path)
+    path.write_text(
+        "graph_compute: ggml_backend_sched_graph_compute_async failed with error 1\n"
+        "process_ubatch: failed to compute graph, compute status: 1\n"
+        "llama_decode: failed to decode, ret = 2\n"
+        "llama_decode: failed to decode, ret = -3\n"
+        "process_ubatch: failed to compute graph, compute status: -1\n"
+    )
+    assert [level for level, _ in log.read()] == ["debug", "debug", "debug", "error", "error"]
+
+
 def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
     assert NativeLog(tmp_path / "native.log").read() == []
 

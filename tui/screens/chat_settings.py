@@ -47,7 +47,7 @@ class ChatSettingsDialog(Dialog[ChatSettings | None]):
             yield Label("system prompt")
             yield TextArea(settings.system, id="system", compact=True)
         yield Static("", classes="problem")
-        yield Static(Content("enter or ctrl+s takes it · tab moves on · space switches · esc closes"), classes="hint")
+        yield Static(Content("enter or ^s takes it · tab moves on · space switches · esc closes"), classes="hint")
 
     def on_mount(self) -> None:
         for field in self.query(Input):

@@ -60,6 +60,9 @@ class Help(Dialog[None]):
             yield Static("", id="keys")
         yield Static(Content("digits and ? work outside inputs · esc closes"), classes="hint")
 
+    def on_mount(self) -> None:
+        self._fill()
+
     def on_resize(self, event: events.Resize) -> None:
         self.call_after_refresh(self._fill)
 
@@ -95,6 +98,7 @@ class ModelDetail(Dialog[None]):
     def on_mount(self) -> None:
         self.query_one(".box").border_title = clean(self._model)
         self.query_one(VerticalScroll).focus()
+        self._look()
         self.set_interval(1.0, self._look, name="detail")
 
     def on_resize(self, event: events.Resize) -> None:

@@ -23,7 +23,7 @@ from infsvc.types import Capability
 from tui.messages import DetailRequested, ModelHighlighted
 from tui.node_view import WorkerView
 from tui.themes import Palette
-from tui.wording import clean, level_mark, params_of, pull_pace, rate, sparkline, state_of
+from tui.wording import clean, duration, level_mark, params_of, pull_pace, rate, sparkline, state_of
 
 # Key → heading, width, right-aligned. One cell of space follows each.
 _COLUMNS: dict[str, tuple[str, int, bool]] = {
@@ -262,7 +262,7 @@ class CapabilityMatrix(DataTable[Text]):
                 case "ctx":
                     facts[key] = (str(worker.n_ctx or "–"), "foreground" if info else "muted")
                 case "queue":
-                    waiting = str(worker.n_waiting) if worker.n_waiting or worker.asked else "–"
+                    waiting = f"{worker.n_waiting:,}" if worker.n_waiting or worker.asked else "–"
                     facts[key] = (f"{waiting:>4} {mark.glyph}", mark.tone if worker.n_waiting else "muted")
                 case "load":
                     # The history may hold 900 samples; only its end is walked.
@@ -277,7 +277,7 @@ class CapabilityMatrix(DataTable[Text]):
                     )
                 case "ttft":
                     ttft = worker.stats.ttft_ms()
-                    facts[key] = (f"{ttft[1]:,.0f} ms" if ttft else "–", "foreground" if ttft else "muted")
+                    facts[key] = (duration(ttft[1]) if ttft else "–", "foreground" if ttft else "muted")
                 case _:
                     present = claims.get(key)
                     facts[key] = (

@@ -1,6 +1,7 @@
 """The first line of every screen: the node, its doors, its load and the time, in fixed widths so that nothing jumps.
 
-Three lengths: full from 110 columns, short from 60, and the least that still tells whether things work below that.
+Three lengths: full from 110 columns, short from 60 (with the name from 72), and the least that still tells whether
+things work below that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tui.context import Context
 from tui.wording import clean
 
 Part = tuple[str, str]
-FULL, SHORT = 110, 60
+FULL, BRAND, SHORT = 110, 72, 60
 
 
 def cells(parts: list[Part]) -> int:
@@ -65,7 +66,7 @@ class StatusHeader(Widget):
         tokens = f"{sum(worker.stats.tokens_per_s() for worker in workers):,.0f}"
         queue = f"{sum(worker.n_waiting for worker in workers):,}"
         parts: list[Part] = [(" ", "")]
-        if short:
+        if width >= BRAND:
             parts += [("infsvc", "$accent bold"), ("  " if full else " ", "")]
         if full:
             parts += [("node ", "$muted"), (f"{clean(node.name)[:14]:<8}", ""), (" ", "")]
@@ -73,7 +74,7 @@ class StatusHeader(Widget):
         parts += [(f"{f'{n_up}/{n_asked}':>5}", "bold"), (" models up " if full else " up ", "$muted")]
         if short:
             parts += [(f"{tokens:>7}", "bold"), (" tok/s ", "$muted")]
-        parts += [(" queue" if full else " q", "$muted"), (f"{queue:>5}", "bold")]
+        parts += [(" queue" if full else " q", "$muted"), (f" {queue:>4}", "bold")]
         used = node.system()
         ram = f"{used.ram_used_bytes / 2**30:.1f}/{used.ram_total_bytes / 2**30:.1f}G"
         memory: list[Part] = [("  ram ", "$muted"), (f"{ram:>12}", "")]

@@ -1,6 +1,7 @@
 """The last line: the keys that work here. One line of text, where Textual's footer builds a widget for each key.
 
-What does not fit is left out from the end, before help and quit; `?` lists everything.
+What does not fit is left out from the end, before help and quit; `?` lists everything. In an input, where `?` is text,
+help is shown with its other key.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from textual.app import RenderResult
 from textual.content import Content
 from textual.screen import Screen
 from textual.widget import Widget
+from textual.widgets import Input, TextArea
 
 LAST = ("app.quit", "app.help")
 
@@ -42,6 +44,8 @@ class KeyLine(Widget):
             if binding.show and active.enabled:
                 shown = self.app.get_key_display(binding)
                 keys.setdefault(binding.id or binding.action, (binding.key, shown, binding.description))
+        if isinstance(self.screen.focused, Input | TextArea) and "app.help" in keys:
+            keys["app.help"] = ("f12", "F12", keys["app.help"][2])
         last = [keys.pop(name) for name in LAST if name in keys]
         room = self.size.width - sum(_width(key) for key in last)
         fitting: list[tuple[str, str, str]] = []

@@ -59,6 +59,14 @@ class LogView(Log):
         self._render_line_cache.clear()
         self.refresh()
 
+    def _prune_max_lines(self) -> None:
+        """Drops the oldest lines; what somebody reads further up stays where it is."""
+        n_before, reads = self.line_count, not self.is_vertical_scroll_end
+        super()._prune_max_lines()
+        n_gone = n_before - self.line_count
+        if n_gone and reads:
+            self.scroll_to(y=max(0, self.scroll_y - n_gone), animate=False, immediate=True, force=True)
+
     def search(self, text: str) -> None:
         """Marks the text, given in lower case, wherever it stands."""
         self._levels.searched = text

@@ -109,7 +109,11 @@ def detail(worker: WorkerView, width: int) -> Content:
             ("family", clean(info.family)),
             ("parameters", f"{params_of(worker)}  ({info.n_params:,})"),
             ("quantisation", info.quantization),
-            ("context", f"{worker.n_ctx or '–'} tokens a sequence, the model was trained on {info.n_ctx_train:,}"),
+            (
+                "context",
+                f"{f'{worker.n_ctx:,}' if worker.n_ctx else '–'} tokens a sequence, "
+                f"the model was trained on {info.n_ctx_train:,}",
+            ),
             ("layers · width", f"{info.n_layer} · {info.n_embd}"),
             ("vocabulary", f"{info.n_vocab:,}"),
             ("licence", clean(info.license or "not stated")),

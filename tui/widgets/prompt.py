@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
+from textual.binding import Binding, BindingType
 from textual.widgets import TextArea
 
 from tui.messages import PromptSubmitted, TranscriptScrolled
@@ -13,6 +16,10 @@ N_HISTORY = 200
 class Prompt(TextArea):
     """Posts `PromptSubmitted`; keeps its text until told to `clear_sent`, so that a refused question is not lost."""
 
+    # `on_key` takes it first; this tells the line of keys and the help.
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "send", "send", id="chat.send", tooltip="Send; Shift+Enter or Alt+Enter begins a new line"),
+    ]
     DEFAULT_CSS = """
     Prompt {
         height: auto;
@@ -38,12 +45,15 @@ class Prompt(TextArea):
         if event.key == "enter":
             event.stop()
             event.prevent_default()
-            if self.text.strip():
-                self.post_message(PromptSubmitted(self.text.strip("\n")))
+            self.action_send()
         elif event.key in ("shift+enter", "alt+enter"):
             event.stop()
             event.prevent_default()
             self.insert("\n")
+
+    def action_send(self) -> None:
+        if self.text.strip():
+            self.post_message(PromptSubmitted(self.text.strip("\n")))
 
     @property
     def _on_first_line(self) -> bool:

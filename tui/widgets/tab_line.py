@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.content import Content
@@ -15,6 +17,7 @@ SCREENS = (
     ("6", "queue", "Queue"),
 )
 NARROW = 60
+_BETWEEN = re.compile(" · |   ")
 
 
 class TabLine(Horizontal):
@@ -34,19 +37,26 @@ class TabLine(Horizontal):
         super().__init__()
         self._active = active
         self._n_dead = 0
+        self._note = Content()
 
     def compose(self) -> ComposeResult:
         yield Static(self._tabs(), classes="tabs")
         yield Static("", classes="note")
 
     def on_resize(self) -> None:
-        self.query_one(".tabs", Static).update(self._tabs())
+        self._show()
+
+    def _show(self) -> None:
+        tabs = self._tabs()
+        self.query_one(".tabs", Static).update(tabs)
+        room = self.size.width - Content.from_markup(tabs).cell_length - 2
+        self.query_one(".note", Static).update(fitted(self._note, room))
 
     def count_dead(self, n_dead: int) -> None:
         """How many dead letters there are."""
         if n_dead != self._n_dead:
             self._n_dead = n_dead
-            self.query_one(".tabs", Static).update(self._tabs())
+            self._show()
 
     def _tabs(self) -> str:
         narrow = 0 < self.size.width < NARROW
@@ -62,5 +72,15 @@ class TabLine(Horizontal):
         return " " + ("" if narrow else " ").join(tabs)
 
     def tell(self, note: Content | str) -> None:
-        """What stands at the right."""
-        self.query_one(".note", Static).update(note if isinstance(note, Content) else Content(note))
+        """What stands at the right: parts with ` · ` or three spaces between them; where there is no room the last go
+        first."""
+        self._note = note if isinstance(note, Content) else Content(note)
+        self._show()
+
+
+def fitted(note: Content, room: int) -> Content:
+    """As many whole parts of the note as have room, at least the first."""
+    ends = [found.start() for found in _BETWEEN.finditer(note.plain)]
+    while ends and note.cell_length > room:
+        note = note[: ends.pop()]
+    return note

@@ -87,7 +87,7 @@ class AnswerTurn(Vertical):
     def follow(self, generation: GenerationView, n_ctx: int) -> None:
         """The request runs: chunks are to come."""
         self._generation, self._n_ctx = generation, n_ctx
-        self.wait(Content(""))
+        self.wait(Content("waiting for the first token…"))
         self._stream = Markdown.get_stream(self.query_one(Markdown))
         self._timer = self.set_interval(1 / UPDATES_PER_S, self._show, name="answer")
 
@@ -110,6 +110,8 @@ class AnswerTurn(Vertical):
             self._thought_s = self._monotonic() - self._thinking_since
 
     async def _show(self) -> None:
+        if self._reasoning or self._text:
+            self.wait(Content(""))
         if self._reasoning:
             thoughts = self.query_one(Collapsible)
             thoughts.add_class("-some")
