@@ -10,6 +10,7 @@ it in the same way. The app decides nothing about models: it hands requests to t
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from tui.screens.fleet import FleetScreen
     from tui.screens.logs import LogsScreen
     from tui.screens.models import ModelsScreen
+
+
+_FUNCTION_KEY = re.compile(r"f\d+")
 
 
 def _node_commands() -> type[Provider]:
@@ -229,6 +233,11 @@ class InfsvcApp(App[int]):
         order = [getattr(binding, "tooltip", "") for binding in self.BINDINGS]
         for rows in (own, dict(sorted(everywhere.items(), key=lambda row: order.index(row[0])))):
             yield from ((key, told) for told, key in rows.items())
+
+    def get_key_display(self, binding: Binding) -> str:
+        """As Textual's, with function keys as they stand on the keyboard."""
+        shown = super().get_key_display(binding)
+        return shown.upper() if _FUNCTION_KEY.fullmatch(shown) else shown
 
     def action_toggle_theme(self) -> None:
         self.theme = LIGHT.name if self.theme == DARK.name else DARK.name

@@ -109,6 +109,22 @@ def held_by_another(home: Home) -> Iterator[int]:
         child.kill()
 
 
+@pytest.mark.parametrize("folder", ["data/logs", "data/run"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / folder).write_text("no folder")
+    with pytest.raises(HomeError, match=rf"{tmp_path / folder} cannot be written .*INFSVC_HOME"):
+        Home(tmp_path, tmp_path).make()
+
+
+@pytest.mark.parametrize("folder", ["data/models", "envs"])
+def test_models_and_worker_files_may_lie_where_nothing_can_be_written(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / folder).write_text("no folder")
+    Home(tmp_path, tmp_path).make()
+    assert (tmp_path / "data/run").is_dir()
+
+
 def test_a_second_node_is_told_which_one_runs(home: Home) -> None:
     with held_by_another(home) as pid:
         told = home.running_node()

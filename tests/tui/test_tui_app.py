@@ -7,6 +7,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from textual.content import Content
 from tui_sample import SampleNode, busy_node, demo_worker, sample_app
 
 from infsvc.errors import ConfigError, HomeError, MemoryFitError, StartError
@@ -16,6 +17,8 @@ from tui.app import InfsvcApp
 from tui.screens.dialogs import Help, Question
 from tui.terminal import terminal_problem
 from tui.widgets.header import StatusHeader
+from tui.widgets.key_line import KeyLine
+from tui.widgets.tab_line import fitted
 
 
 async def test_the_first_frame_comes_before_the_node_starts(until) -> None:
@@ -116,6 +119,46 @@ async def test_help_lists_every_key_that_has_a_sentence() -> None:
         keys = dict(app._keys())
     assert keys["l"] == "Load the model under the cursor"
     assert keys["^q"] == "End the node; asks if it is busy"
+
+
+async def test_help_tells_the_screens_keys_first_and_those_of_everywhere_in_order() -> None:
+    app = sample_app(SampleNode(demo_worker()))
+    async with app.run_test() as pilot:
+        await pilot.press("f2", "f12")
+        keys = [key for key, _ in app.screen._rows]
+    assert keys[:2] == ["⏎", "esc"]
+    assert keys[-8:] == ["F1", "F2", "F4", "F5", "F6", "?", "^p", "^q"]
+
+
+async def test_the_line_of_keys_names_the_help_that_works_here() -> None:
+    app = sample_app(SampleNode(demo_worker()))
+    async with app.run_test() as pilot:
+        assert app.screen.query_one(KeyLine).render().plain.rstrip().endswith("? help")
+        await pilot.press("f2")
+        assert app.screen.query_one(KeyLine).render().plain.rstrip().endswith("F12 help")
+
+
+@pytest.mark.parametrize(("n_waiting", "timeless"), [(7, ()), (1999, (40, 60))])
+@pytest.mark.parametrize("width", [40, 60, 71, 72, 80, 109, 110, 200])
+async def test_no_width_of_the_header_cuts_a_figure(width: int, n_waiting: int, timeless: tuple[int, ...]) -> None:
+    worker = demo_worker()
+    worker.n_waiting = n_waiting
+    app = sample_app(SampleNode(worker))
+    async with app.run_test(size=(width, 24)):
+        shown = app.screen.query_one(StatusHeader).render().plain
+    assert len(shown) <= width
+    assert f" {n_waiting:,}" in shown
+    assert ("14:07" in shown) is (width not in timeless)
+
+
+def test_a_note_ends_at_a_whole_part() -> None:
+    note = Content("demo ● ready ▾   t 0.7  max 512 · more")
+    assert [fitted(note, room).plain for room in (40, 32, 20, 3)] == [
+        "demo ● ready ▾   t 0.7  max 512 · more",
+        "demo ● ready ▾   t 0.7  max 512",
+        "demo ● ready ▾",
+        "demo ● ready ▾",
+    ]
 
 
 async def test_load_and_unload_are_handed_to_the_node(until) -> None:

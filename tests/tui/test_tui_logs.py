@@ -22,11 +22,11 @@ async def test_lines_come_in_batches_and_the_level_hides_some() -> None:
     node = SampleNode()
     node.happen(line(0), line(1, "debug"), line(2, "error"))
     app = sample_app(node)
-    async with app.run_test() as pilot:
+    async with app.run_test(size=(100, 24)) as pilot:
         await pilot.press("f5")
         view = app._logs.query_one(LogView)
         assert [text.split()[-1] for text in view.lines] == ["0", "2"]
-        assert "from info on · 2 lines · 1 hidden · following" in note(app)
+        assert "following · from info on · 2 lines · 1 hidden" in note(app)
         await pilot.press("v", "v")
         assert [text.split()[-1] for text in view.lines] == ["2"]
         await pilot.press("v")
@@ -73,6 +73,22 @@ async def test_ten_thousand_lines_are_kept_and_the_lost_are_counted(until) -> No
         view = app._logs.query_one(LogView)
         await until(pilot, lambda: len(view.lines) == MAX_LINES)
         assert "5 lost" in note(app)
+
+
+async def test_what_is_read_further_up_stays_in_sight_when_old_lines_go(until) -> None:
+    node = SampleNode()
+    app = sample_app(node)
+    async with app.run_test() as pilot:
+        await pilot.press("f5")
+        view = app._logs.query_one(LogView)
+        node.happen(*(line(index) for index in range(MAX_LINES)))
+        await until(pilot, lambda: view.scroll_y == view.max_scroll_y > 100)
+        await pilot.press("pageup", "pageup")
+        await until(pilot, lambda: view.scroll_y < view.max_scroll_y)
+        read = view.lines[int(view.scroll_y)]
+        node.happen(*(line(MAX_LINES + index) for index in range(70)))
+        await until(pilot, lambda: view.lines[-1].endswith(f" {MAX_LINES + 69}"))
+        assert view.lines[int(view.scroll_y)] == read
 
 
 async def test_a_line_break_in_a_message_does_not_make_a_second_line() -> None:

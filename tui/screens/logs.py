@@ -100,11 +100,13 @@ class LogsScreen(NodeScreen):
     def _tell(self) -> None:
         n_shown = self.query_one(LogView).line_count
         self._say_when_empty(n_shown)
-        parts = ["following" if self._follow else "not following", f"from {self._level} on", plural(n_shown, "line")]
-        if self._n_hidden:
-            parts.append(f"{self._n_hidden:,} hidden")
+        # What matters most comes first: a narrow screen shows only that.
+        parts = ["following" if self._follow else "not following"]
         if self._subscription.n_lost:
             parts.append(f"{self._subscription.n_lost:,} lost")
+        parts += [f"from {self._level} on", plural(n_shown, "line")]
+        if self._n_hidden:
+            parts.append(f"{self._n_hidden:,} hidden")
         self.tell(" · ".join(parts))
 
     def _say_when_empty(self, n_shown: int) -> None:

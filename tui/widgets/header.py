@@ -81,8 +81,9 @@ class StatusHeader(Widget):
         if cells(parts) + cells(memory) + len("  00:00:00 ") <= width:
             parts += memory
         clock = self.context.clock().strftime("%H:%M:%S" if width >= 72 else "%H:%M")
-        gap = width - cells(parts) - len(clock) - 1
-        parts += [(" " * max(1, gap), ""), (clock, "$muted")]
+        room = width - cells(parts) - len(clock)
+        if room > 0:  # else the time gives way to the figures
+            parts += [(" " * max(1, room - 1), ""), (clock, "$muted")]
         return Content.assemble(*parts)
 
     def _phase(self, full: bool, short: bool) -> list[Part]:
