@@ -42,7 +42,7 @@ from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
-from engine.speculation import MAX_ROWS, MIN_HOLD, Outlook, Speculation
+from engine.speculation import MAX_ROWS, Outlook, Speculation
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
@@ -130,6 +130,7 @@ class Engine:
         self._context: LlamaContext | None = None
         self._prefixes: PrefixCache
         self._speculation: Speculation | None = None
+        self._clock: Callable[[], float] = time.perf_counter
         self._may_abort = True
         self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
@@ -244,6 +245,9 @@ class Engine:
                 self.loaded.set_exception(error if known else LoadError(self._died))
                 return
             self._prefixes = self._open_prefixes(context)
+            if self.options.n_threads == 1 and not (supports_gpu() and self.options.n_gpu_layers):
+                # All is computed on this thread, and what a neighbour takes of the machine is not the step's price.
+                self._clock = time.thread_time
             if self.model.has_recurrence:
                 self.counters.speculation = "off, because a recurrent state cannot be cut"
             else:
@@ -477,22 +481,31 @@ class Engine:
         speculation = self._speculation
         if speculation is None or len(shares) * 2 > MAX_ROWS or shares[-1].sequence.state is not SequenceState.DECODE:
             return shares
-        sequences = [share.sequence for share in shares]
-        holds = [0.0 if each.lookup is None else each.lookup.hold for each in sequences]
-        if max(holds) < MIN_HOLD:
+        for share in shares:
+            lookup = share.sequence.lookup
+            if lookup is not None and lookup.streak >= lookup.need:
+                break
+        else:
             return shares
+        sequences = [share.sequence for share in shares]
         outlooks, n_max = [], n_batch // len(shares) - 1
-        for each, hold in zip(sequences, holds, strict=True):
-            outlooks.append(Outlook(hold, min(self._draft_max(each), each.max_tokens - each.n_drawn - 1)))
+        for each in sequences:
+            lookup = each.lookup
+            if lookup is None or lookup.streak < lookup.need:
+                outlooks.append(Outlook(0.0, 0, 0))
+            else:
+                # Never more than have come as guessed already: who has just begun to repeat may as soon end.
+                n_useful = min(self._draft_max(each), each.max_tokens - each.n_drawn - 1, lookup.streak)
+                outlooks.append(Outlook(lookup.hold, n_useful, lookup.streak))
             # What only fills up stands in the context too.
             n_max = min(n_max, each.n_ctx - each.n_past - 1)
         n = speculation.choose(outlooks, n_max=n_max)
         if not n:
             return shares
         longer = []
-        for share, each, outlook in zip(shares, sequences, outlooks, strict=True):
+        for share, each in zip(shares, sequences, strict=True):
             ahead = [] if each.lookup is None else each.lookup.guess(n)
-            n_checked = min(n, outlook.n_useful) if ahead else 0
+            n_checked = max(0, min(n, self._draft_max(each), each.max_tokens - each.n_drawn - 1)) if ahead else 0
             tokens = [*share.tokens, *(ahead or share.tokens * n)]
             longer.append(Share(each, tokens, share.start, True, n_ahead=n, n_checked=n_checked))
         return longer
@@ -514,8 +527,10 @@ class Engine:
             )
             for share in shares
         ]
-        begun = time.perf_counter()
+        clock = self._clock
+        begun = clock()
         rc = context.decode(batch)
+        took_s = clock() - begun
         if rc == DECODE_ABORTED:
             # Nothing of an aborted batch is kept and no sequence has moved on: the next step drops the cancelled and
             # tries again.
@@ -528,9 +543,7 @@ class Engine:
         now = time.perf_counter()
         prefixes = self._prefixes
         if reads_only:
-            prefixes.costs.read(batch.n, now - begun)
-        elif draws_only and self._speculation is not None:
-            self._speculation.took(len(shares), shares[0].n_ahead, now - begun)
+            prefixes.costs.read(batch.n, took_s)
         self._snapshots.clear()
         n_drawing = n_drawn = 0
         for share, position in zip(shares, positions, strict=True):
@@ -544,6 +557,8 @@ class Engine:
             if share.draws:
                 n_drawing += 1
                 n_drawn += self._draw_all(context, scheduler, share, position, now)
+        if draws_only and self._speculation is not None:
+            self._speculation.took(len(shares), shares[0].n_ahead, n_drawn, took_s)
         counters.n_decode_tokens += n_drawn
         counters.n_batch_sequences += n_drawing
         counters.max_batch_sequences = max(counters.max_batch_sequences, n_drawing)
@@ -574,6 +589,9 @@ class Engine:
         end = share.start + len(share.tokens) - n_ahead
         sequence.n_drafted += share.n_checked
         self.counters.n_drafted += share.n_checked
+        lookup = sequence.lookup
+        # What is checked along with another's guesses says nothing of when to check.
+        judged = lookup is not None and share.n_checked and lookup.streak >= lookup.need
         n_held = 0
         while True:
             sequence.n_past = end + n_held
@@ -585,6 +603,8 @@ class Engine:
             n_held += 1
             sequence.n_accepted += 1
             self.counters.n_accepted += 1
+        if lookup is not None and judged:
+            lookup.checked(share.n_checked, n_held)
         if n_ahead:
             # The end of a sequence may have emptied its slot already.
             prefixes = self._prefixes

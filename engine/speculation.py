@@ -2,8 +2,9 @@
 
 A step that checks k guesses a sequence costs more than one that checks none, by how much depends on the machine, on the
 weights' format and on how many sequences are in the batch. So both are timed as they come, and guesses are made where
-the tokens expected of a step, over its seconds, are clearly more with them. Pure: it knows neither llama.cpp nor a
-clock.
+the tokens expected of a step, over its seconds, are clearly more with them. What came of it is kept in a ledger: once
+guesses have lost more than a small part of the time, only those that are all but sure are checked. Pure: it knows
+neither llama.cpp nor a clock.
 
 Every sequence of a step is given equally many tokens: llama.cpp evaluates sequences of unequal length in parts, each at
 the price of a whole step.
@@ -24,8 +25,8 @@ MAX_ROWS = 32
 """Tokens that a step with guesses evaluates at most. Each has a row of `n_vocab` logits, which llama.cpp keeps for
 good: 19 MB for 152k."""
 
-MIN_HOLD = 0.4
-"""Where every sequence's guesses are less likely to hold, nothing is weighed: one has to have held first."""
+SURE_STREAK = 16
+"""After so many tokens as guessed in a row a sequence is checked in debt too, and kinds of steps are tried for it."""
 
 _MARGIN = 1.08
 """How much faster a step with guesses must be expected to be."""
@@ -33,10 +34,22 @@ _MARGIN = 1.08
 _UNTRIED = 0.25
 """What a further token is taken to cost, in steps without guesses, before it was tried."""
 
-_REFUSED = 0.998
-"""One bad measurement must not last: what is never done is never measured again."""
+_N_TRIES = 2
+"""The first step of a kind has memory to get; where a guess is sure, one more is worth knowing the price."""
 
-_NEWEST = 0.25
+_PATIENCE, _MAX_PATIENCE = 32, 1024
+"""Steps for which guesses that are likely to hold are refused before they are tried all the same: one bad measurement
+must not last, and what is never done is never measured again. Doubled by each try that did not pay."""
+
+_RISE = 0.1
+"""Of the difference, where a step took longer than known; shorter is believed at once. So what is compared are steps
+that no neighbour has disturbed, and a price that has risen is known after some ten steps."""
+
+_ALLOWED = 0.005
+"""Of the time of steps without guesses that guesses may lose."""
+
+_MAX_CREDIT = 3.0
+"""What an earlier gain, or nothing at all yet, lets guesses lose, in steps without guesses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +59,12 @@ class Outlook:
     Attributes:
         hold: how likely a guess holds; 0 where there is none.
         n_useful: tokens that it can still draw, after the one that it draws in any case.
+        streak: tokens in a row that came as guessed.
     """
 
     hold: float
     n_useful: int
+    streak: int = SURE_STREAK
 
     def gain(self, n: int) -> float:
         """Tokens drawn beyond the first where `n` are guessed: each holds only where all before it did."""
@@ -60,41 +75,68 @@ class Outlook:
 
 
 class Speculation:
-    """What steps cost here, and which is worth it. Engine thread only."""
+    """What steps cost here, which is worth it, and what guesses have won or lost. Engine thread only.
+
+    Attributes:
+        balance_s: seconds that guesses have won (over 0, at most `_MAX_CREDIT` steps) or lost.
+    """
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}
-        self._fresh: set[tuple[int, int]] = set()
+        self.balance_s = 0.0
+        self._plain_s: dict[int, float] = {}
+        # In plain steps of that moment: what slows the machine down slows both, and a longer context likewise.
+        self._prices: dict[tuple[int, int], float] = {}
+        self._n_tries: dict[tuple[int, int], int] = {}
+        self._change_s = 0.0
+        self._last = (0, 0)
+        self._n_refused, self._patience = 0, _PATIENCE
 
-    def took(self, n_sequences: int, n_guesses: int, seconds: float) -> None:
-        """Notes a step of nothing but decoding sequences."""
+    def took(self, n_sequences: int, n_guesses: int, n_drawn: int, seconds: float) -> None:
+        """Notes a step of nothing but decoding sequences, which drew `n_drawn` tokens."""
         key = n_sequences, n_guesses
-        known = self._seconds.get(key)
-        if known is None:
-            self._seconds[key] = seconds
-            self._fresh.add(key)
-        elif key in self._fresh:
-            # The first of a kind has memory to get and a graph to build.
-            self._fresh.discard(key)
-            self._seconds[key] = min(known, seconds)
+        changed, self._last = key != self._last, key
+        plain = self._plain_s.get(n_sequences)
+        if not n_guesses:
+            if plain is None:
+                self.balance_s = max(self.balance_s, _MAX_CREDIT * seconds)
+            elif changed:
+                # llama.cpp builds its graph anew, which counts for the change and not for the step.
+                self._change_s = settled(self._change_s, min(max(0.0, seconds - plain), plain))
+                seconds = max(plain, seconds - self._change_s)
+            self._plain_s[n_sequences] = plain = seconds if plain is None else settled(plain, seconds)
+            won = _ALLOWED * plain
+        elif plain is None:
+            return
         else:
-            # A neighbour that takes the machine for a moment must not count for much.
-            self._seconds[key] = known + _NEWEST * (min(seconds, 2 * known) - known)
+            price = (max(seconds - self._change_s, seconds / 2) if changed else seconds) / plain
+            self._n_tries[key] = self._n_tries.get(key, 0) + 1
+            known = self._prices.get(key)
+            price = self._prices[key] = price if known is None else settled(known, price)
+            # At known prices: those of this moment may be a neighbour's doing.
+            won = (n_drawn / n_sequences - price) * plain
+            if won > 0:
+                self._patience = _PATIENCE
+        if changed and self._n_tries:
+            won -= self._change_s
+        self.balance_s = min(self.balance_s + won, _MAX_CREDIT * plain)
 
-    def cost(self, n_sequences: int, n_guesses: int) -> float | None:
-        """A step's seconds as seen or, where it was not tried, supposed; None while nothing is known."""
+    def price(self, n_sequences: int, n_guesses: int, *, sure: bool = False) -> float:
+        """What a step with guesses costs in steps without, as seen or, where it was not tried, supposed.
+
+        Args:
+            sure: whether all guesses hold in all likelihood: then a kind that was not tried costs little to try.
+        """
         key = n_sequences, n_guesses
-        known = self._seconds.get(key)
-        plain = self._seconds.get((n_sequences, 0))
-        if plain is None or not n_guesses or (known is not None and key not in self._fresh):
+        known = self._prices.get(key)
+        if known is not None and self._n_tries[key] >= _N_TRIES:
             return known
-        # In a line with the nearest that was tried.
-        tried = [n for n in N_GUESSES if n != n_guesses and (n_sequences, n) in self._seconds]
-        if tried:
+        supposed = 1 + _UNTRIED * n_guesses
+        # In a line with the nearest that was tried, unless a try is cheap: kernels work in tiles, and 16 rows may cost
+        # what 8 do.
+        tried = [n for n in N_GUESSES if n != n_guesses and (n_sequences, n) in self._prices]
+        if tried and not sure:
             nearest = min(tried, key=lambda n: abs(n - n_guesses))
-            supposed = plain + max(0.0, self._seconds[n_sequences, nearest] - plain) * n_guesses / nearest
-        else:
-            supposed = plain * (1 + _UNTRIED * n_guesses)
+            supposed = 1 + max(0.0, self._prices[n_sequences, nearest] - 1) * n_guesses / nearest
         # Once is not enough to give up: the first of a kind is the slowest.
         return supposed if known is None else min(known, supposed)
 
@@ -107,21 +149,34 @@ class Speculation:
         """
         outlooks = list(outlooks)
         n_sequences = len(outlooks)
-        plain = self.cost(n_sequences, 0)
+        plain = self._plain_s.get(n_sequences)
         if plain is None:
             return 0
-        best, best_rate = 0, n_sequences / plain * _MARGIN
+        sure = all(each.streak >= SURE_STREAK for each in outlooks)
+        hopeful = outlooks if self.balance_s >= 0 else [each for each in outlooks if each.streak >= SURE_STREAK]
+        # There and back: whoever begins to guess will end.
+        change = self._change_s / plain * (1 if self._last[1] else 2)
+        best, best_rate = 0, n_sequences * _MARGIN
         refused, refused_gain = 0, 0.0
         for n in N_GUESSES:
             if n > n_max or n_sequences * (n + 1) > MAX_ROWS:
                 break
-            gain = sum(each.gain(n) for each in outlooks)
-            seconds = self.cost(n_sequences, n)
-            assert seconds is not None
-            if (n_sequences + gain) / seconds > best_rate:
-                best, best_rate = n, (n_sequences + gain) / seconds
+            gain = sum(each.gain(n) for each in hopeful)
+            price = self.price(n_sequences, n, sure=sure)
+            if (n_sequences, n) != self._last:
+                price += change
+            if (n_sequences + gain) / price > best_rate:
+                best, best_rate = n, (n_sequences + gain) / price
             elif gain > refused_gain:
                 refused, refused_gain = n, gain
-        if not best and refused_gain > refused * n_sequences / 2 and (n_sequences, refused) in self._seconds:
-            self._seconds[n_sequences, refused] *= _REFUSED
+        if not best and refused_gain > refused * n_sequences / 2:
+            self._n_refused += 1
+            if self._n_refused >= self._patience:
+                self._n_refused, self._patience = 0, min(_MAX_PATIENCE, 2 * self._patience)
+                return refused
         return best
+
+
+def settled(known: float, seen: float) -> float:
+    """A price after one more was seen. One far above is a moment's disturbance and counts no more than double."""
+    return seen if seen < known else known + _RISE * (min(seen, 2 * known) - known)
