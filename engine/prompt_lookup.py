@@ -23,6 +23,8 @@ _SPAN = 3
 _DECAY = 0.95
 _PRIOR_HELD, _PRIOR = 0.3, 0.9
 
+_LONG = 16
+
 _FIRST_NEED, _LEAST_NEED, _MOST_NEED = 4, 3, 64
 
 
@@ -71,9 +73,12 @@ class PromptLookup:
 
     @property
     def hold(self) -> float:
-        """How likely the next guess holds, from those of the last tokens: about the last twenty, the newest most; 0
-        where there is none."""
-        return (self._held + _PRIOR_HELD) / (self._n + _PRIOR) if self._at >= 0 else 0.0
+        """How likely the next guess holds, from those of the last tokens: about the last twenty, the newest most, or
+        all of a long streak; 0 where there is none."""
+        if self._at < 0:
+            return 0.0
+        lately = (self._held + _PRIOR_HELD) / (self._n + _PRIOR)
+        return lately if self.streak < _LONG else max(lately, 1 - 1 / self.streak)
 
     def append(self, token: int) -> None:
         """Takes the next token, and whether it was the one guessed. A guess that held is gone on from where it came

@@ -34,16 +34,15 @@ _MARGIN = 1.08
 _UNTRIED = 0.25
 """What a further token is taken to cost, in steps without guesses, before it was tried."""
 
-_N_TRIES = 2
-"""The first step of a kind has memory to get; where a guess is sure, one more is worth knowing the price."""
+_N_TRIES = 3
+"""First steps of a kind, of which the quickest counts: one has memory to get, and any may have been disturbed."""
 
 _PATIENCE, _MAX_PATIENCE = 32, 1024
 """Steps for which guesses that are likely to hold are refused before they are tried all the same: one bad measurement
 must not last, and what is never done is never measured again. Doubled by each try that did not pay."""
 
-_RISE = 0.1
-"""Of the difference, where a step took longer than known; shorter is believed at once. So what is compared are steps
-that no neighbour has disturbed, and a price that has risen is known after some ten steps."""
+_NEWEST = 0.2
+"""What the newest step counts for in what is known of its kind."""
 
 _ALLOWED = 0.005
 """Of the time of steps without guesses that guesses may lose."""
@@ -94,29 +93,32 @@ class Speculation:
     def took(self, n_sequences: int, n_guesses: int, n_drawn: int, seconds: float) -> None:
         """Notes a step of nothing but decoding sequences, which drew `n_drawn` tokens."""
         key = n_sequences, n_guesses
-        changed, self._last = key != self._last, key
+        before, self._last = self._last, key
+        changed = key != before
+        n_tries = self._n_tries[key] = self._n_tries.get(key, 0) + 1
         plain = self._plain_s.get(n_sequences)
         if not n_guesses:
             if plain is None:
+                plain = seconds
                 self.balance_s = max(self.balance_s, _MAX_CREDIT * seconds)
             elif changed:
-                # llama.cpp builds its graph anew, which counts for the change and not for the step.
-                self._change_s = settled(self._change_s, min(max(0.0, seconds - plain), plain))
-                seconds = max(plain, seconds - self._change_s)
-            self._plain_s[n_sequences] = plain = seconds if plain is None else settled(plain, seconds)
+                # llama.cpp builds its graph anew, which is the change's price and not the step's.
+                self._change_s += _NEWEST * (min(max(0.0, seconds - plain), plain) - self._change_s)
+            else:
+                plain = min(plain, seconds) if n_tries <= _N_TRIES else settled(plain, seconds)
+            self._plain_s[n_sequences] = plain
             won = _ALLOWED * plain
         elif plain is None:
             return
         else:
             price = (max(seconds - self._change_s, seconds / 2) if changed else seconds) / plain
-            self._n_tries[key] = self._n_tries.get(key, 0) + 1
-            known = self._prices.get(key)
-            price = self._prices[key] = price if known is None else settled(known, price)
+            known = self._prices.get(key, price)
+            price = self._prices[key] = min(known, price) if n_tries <= _N_TRIES else settled(known, price)
             # At known prices: those of this moment may be a neighbour's doing.
             won = (n_drawn / n_sequences - price) * plain
             if won > 0:
                 self._patience = _PATIENCE
-        if changed and self._n_tries:
+        if changed and (n_guesses or before[1]):
             won -= self._change_s
         self.balance_s = min(self.balance_s + won, _MAX_CREDIT * plain)
 
@@ -178,5 +180,5 @@ class Speculation:
 
 
 def settled(known: float, seen: float) -> float:
-    """A price after one more was seen. One far above is a moment's disturbance and counts no more than double."""
-    return seen if seen < known else known + _RISE * (min(seen, 2 * known) - known)
+    """A price after one more was seen. A neighbour that takes the machine for a moment must not count for much."""
+    return known + _NEWEST * (min(max(seen, known / 2), 2 * known) - known)
