@@ -42,7 +42,7 @@ from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
 from engine.prompt_lookup import PromptLookup
 from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
-from engine.speculation import MAX_ROWS, Outlook, Speculation
+from engine.speculation import MAX_ROWS, SURE_STREAK, Outlook, Speculation
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
@@ -481,11 +481,15 @@ class Engine:
         speculation = self._speculation
         if speculation is None or len(shares) * 2 > MAX_ROWS or shares[-1].sequence.state is not SequenceState.DECODE:
             return shares
+        holds, shortest, least = 0.0, SURE_STREAK, speculation.least_streak
         for share in shares:
             lookup = share.sequence.lookup
-            if lookup is not None and lookup.streak >= lookup.need:
-                break
-        else:
+            if lookup is not None and (streak := lookup.streak) >= lookup.need and streak >= least:
+                holds += lookup.hold
+                shortest = min(shortest, streak)
+            else:
+                shortest = 0
+        if not holds or not speculation.may_pay(len(shares), holds, sure=shortest >= SURE_STREAK):
             return shares
         sequences = [share.sequence for share in shares]
         outlooks, n_max = [], n_batch // len(shares) - 1

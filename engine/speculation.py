@@ -89,6 +89,34 @@ class Speculation:
         self._change_s = 0.0
         self._last = (0, 0)
         self._n_refused, self._patience = 0, _PATIENCE
+        self._hurdles: dict[tuple[int, bool], float] = {}
+
+    @property
+    def least_streak(self) -> int:
+        """What a streak must be at least for a sequence to be checked at all: in debt only those that are sure."""
+        return 0 if self.balance_s >= 0 else SURE_STREAK
+
+    def may_pay(self, n_sequences: int, holds: float, *, sure: bool) -> bool:
+        """Whether `choose` may find something: a bound, and much cheaper.
+
+        Args:
+            holds: the sum of what is likely, over all sequences that may be checked.
+            sure: whether all of these sequences are.
+        """
+        hurdle = self._hurdles.get((n_sequences, sure))
+        if hurdle is None:
+            # Nobody gains more than `hold` for each guess.
+            hurdle = self._hurdles[n_sequences, sure] = min(
+                n_sequences * (_MARGIN * self.price(n_sequences, n, sure=sure) - 1) / n
+                for n in N_GUESSES
+                if n_sequences * (n + 1) <= MAX_ROWS
+            )
+        return holds >= hurdle or (2 * holds > n_sequences and self._tires())
+
+    def _tires(self) -> bool:
+        """Notes that what is likely to hold was refused; says whether it is to be tried all the same."""
+        self._n_refused += 1
+        return self._n_refused >= self._patience
 
     def took(self, n_sequences: int, n_guesses: int, n_drawn: int, seconds: float) -> None:
         """Notes a step of nothing but decoding sequences, which drew `n_drawn` tokens."""
@@ -106,11 +134,14 @@ class Speculation:
                 self._change_s += _NEWEST * (min(max(0.0, seconds - plain), plain) - self._change_s)
             else:
                 plain = min(plain, seconds) if n_tries <= _N_TRIES else settled(plain, seconds)
+            if changed:
+                self._hurdles.clear()
             self._plain_s[n_sequences] = plain
             won = _ALLOWED * plain
         elif plain is None:
             return
         else:
+            self._hurdles.clear()
             price = (max(seconds - self._change_s, seconds / 2) if changed else seconds) / plain
             known = self._prices.get(key, price)
             price = self._prices[key] = min(known, price) if n_tries <= _N_TRIES else settled(known, price)
@@ -155,7 +186,7 @@ class Speculation:
         if plain is None:
             return 0
         sure = all(each.streak >= SURE_STREAK for each in outlooks)
-        hopeful = outlooks if self.balance_s >= 0 else [each for each in outlooks if each.streak >= SURE_STREAK]
+        hopeful = [each for each in outlooks if each.streak >= self.least_streak]
         # There and back: whoever begins to guess will end.
         change = self._change_s / plain * (1 if self._last[1] else 2)
         best, best_rate = 0, n_sequences * _MARGIN
@@ -171,11 +202,9 @@ class Speculation:
                 best, best_rate = n, (n_sequences + gain) / price
             elif gain > refused_gain:
                 refused, refused_gain = n, gain
-        if not best and refused_gain > refused * n_sequences / 2:
-            self._n_refused += 1
-            if self._n_refused >= self._patience:
-                self._n_refused, self._patience = 0, min(_MAX_PATIENCE, 2 * self._patience)
-                return refused
+        if not best and refused_gain > refused * n_sequences / 2 and self._tires():
+            self._n_refused, self._patience = 0, min(_MAX_PATIENCE, 2 * self._patience)
+            return refused
         return best
 
 
