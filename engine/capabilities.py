@@ -44,6 +44,7 @@ def detect(
     embeds_only: bool = False,
     harmony: bool = False,
     extract_final: bool = True,
+    override: str | None = None,
 ) -> tuple[CapabilityClaim, ...]:
     """One claim for each capability, in the enum's order.
 
@@ -52,13 +53,14 @@ def detect(
         embeds_only: whether it says MODEL_FORMAT=embedding.
         harmony: whether the model is asked in harmony.
         extract_final: the worker file's HARMONY_EXTRACT_FINAL.
+        override: the file that stands in for the chat template, if there is one.
     """
     generates = info.pooling is None and info.causal and not embeds_only
     claims = {
         Capability.TEXT_GENERATION: _text(info, generates, embeds_only),
         Capability.EMBEDDINGS: _embeddings(info, pooling),
-        Capability.REASONING: _reasoning(info, generates, harmony, extract_final),
-        Capability.TOOL_CALLING: _tools(info, generates, harmony),
+        Capability.REASONING: _reasoning(info, generates, harmony, extract_final, override),
+        Capability.TOOL_CALLING: _tools(info, generates, harmony, override),
         Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
     }
     return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
@@ -83,7 +85,9 @@ def _embeddings(info: ModelInfo, asked: str) -> tuple[bool, str]:
     return True, f"pooling type {info.pooling}"
 
 
-def _reasoning(info: ModelInfo, generates: bool, harmony: bool, extract_final: bool) -> tuple[bool, str]:
+def _reasoning(
+    info: ModelInfo, generates: bool, harmony: bool, extract_final: bool, override: str | None
+) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
     if harmony and not extract_final:
@@ -95,9 +99,10 @@ def _reasoning(info: ModelInfo, generates: bool, harmony: bool, extract_final: b
         but = "" if served else "; this form of reasoning is not told apart by this version"
         if mark in info.special_tokens:
             return served, f"{mark} is a token of the vocabulary{but}"
-        if info.chat_template and mark in info.chat_template:
+        if not override and info.chat_template and mark in info.chat_template:
             return served, f"the chat template writes {mark}{but}"
-    return False, "neither vocabulary nor chat template know a mark of reasoning"
+    template = f"{override}, which replaces the chat template," if override else "chat template"
+    return False, f"neither vocabulary nor {template} know a mark of reasoning"
 
 
 def _grammar(info: ModelInfo, generates: bool) -> tuple[bool, str]:
@@ -108,11 +113,13 @@ def _grammar(info: ModelInfo, generates: bool) -> tuple[bool, str]:
     return True, f"a vocabulary of {info.n_vocab} tokens, each allowed or not at every step"
 
 
-def _tools(info: ModelInfo, generates: bool, harmony: bool) -> tuple[bool, str]:
+def _tools(info: ModelInfo, generates: bool, harmony: bool, override: str | None) -> tuple[bool, str]:
     if not generates:
         return False, "generates no text"
     if harmony:
         return True, f"{CHANNEL} is a token of the vocabulary: harmony's calls in the commentary channel"
+    if override:
+        return False, f"{override} replaces the chat template and has no place for tools"
     if not info.chat_template:
         return False, "no chat template"
     if "tools" not in info.chat_template:

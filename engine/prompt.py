@@ -212,6 +212,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def overridden(model_path: Path, settings: WorkerSettings | None) -> bool:
+    """Whether `prompt_template.json` beside the file stands in for what the file says: always where there is one, but
+    where MODEL_FORMAT asks for harmony. Blocks for a file's entry."""
+    return (settings is None or settings.model_format != "harmony") and (model_path.parent / TEMPLATE_FILE).is_file()
+
+
 def load_prompt_format(
     model_path: Path,
     chat_template: str | None,
@@ -241,7 +247,7 @@ def load_prompt_format(
             )
         return _harmony(settings)
     override = model_path.parent / TEMPLATE_FILE
-    if override.is_file():
+    if overridden(model_path, settings):
         try:
             return PrefixTemplate.model_validate_json(override.read_bytes())
         except ValidationError as error:

@@ -427,7 +427,7 @@ class InferenceService:
                 "a constrained answer ends where its grammar says: leave ignore_eos out", param="params.ignore_eos"
             )
         if params.constrained and request.think:
-            raise BadRequest("a constrained answer comes without reasoning: leave think out", param="think")
+            raise BadRequest("a constrained answer comes without reasoning: ask for none", param="think")
 
     def _done(self, worker: Worker, generation: Generation) -> None:
         reply = generation.reply

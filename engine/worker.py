@@ -22,7 +22,7 @@ from engine.harmony import MARKS, HarmonyFormat, Mark, speaks_harmony, unmarked
 from engine.harmony_output import HarmonyParser
 from engine.model_info import ModelInfo
 from engine.output import OutputParser, ReasoningParser
-from engine.prompt import PromptFormat, Tool
+from engine.prompt import TEMPLATE_FILE, PromptFormat, Tool, overridden
 from engine.stats import ModelStats
 from engine.tool_calls import ToolCallParser, form_of
 from infsvc import __version__
@@ -201,7 +201,10 @@ class Worker:
         """Takes the header's facts over, as the worker file reads them."""
         asked = self.settings
         self.info = info
-        harmony = speaks_harmony(asked.model_format, vocabulary=info.special_tokens, chat_template=info.chat_template)
+        override = overridden(self.path, asked)
+        harmony = not override and speaks_harmony(
+            asked.model_format, vocabulary=info.special_tokens, chat_template=info.chat_template
+        )
         embeds_only = asked.model_format == "embedding"
         self.claims = detect(
             info,
@@ -209,6 +212,7 @@ class Worker:
             embeds_only=embeds_only,
             harmony=harmony,
             extract_final=asked.harmony_extract_final,
+            override=TEMPLATE_FILE if override else None,
         )
 
     def move(self, state: ModelState, reason: str | None = None) -> None:

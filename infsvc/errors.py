@@ -86,7 +86,7 @@ class ConfigError(InfsvcError):
     ) -> None:
         self.file, self.line, self.key = file, line, key
         where = ":".join(str(part) for part in (file, line) if part is not None)
-        super().__init__(": ".join(part for part in (where, key, message) if part))
+        super().__init__(": ".join(part for part in (where, shown(key or ""), message) if part))
 
 
 class HomeError(InfsvcError):

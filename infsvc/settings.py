@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field
 from pydantic_settings import BaseSettings, EnvSettingsSource, InitSettingsSource, SettingsConfigDict
 
 from infsvc import subjects
-from infsvc.errors import ConfigError
+from infsvc.errors import ConfigError, shown
 from infsvc.home import Home
 from infsvc.nats_login import SETTINGS, NatsLogin
 
@@ -302,7 +302,10 @@ class NodeSettings(BaseSettings):
         return tuple(key.strip() for key in self.api_keys.split(",") if key.strip())
 
 
-NodeSettings.names = frozenset(f"INFSVC_{name.upper()}" for name in NodeSettings.model_fields) | {"INFSVC_HOME"}
+NodeSettings.names = frozenset(f"INFSVC_{name.upper()}" for name in NodeSettings.model_fields) | {
+    "INFSVC_HOME",
+    "INFSVC_URL",  # the commands': which node they ask
+}
 
 
 def load_node_settings(environ: Mapping[str, str] = os.environ) -> NodeSettings:
@@ -338,7 +341,10 @@ def check_open(settings: NodeSettings, host: str, *, key: str) -> None:
 
 def _sentence(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{message} (got {error['input']!r})" if error["type"] != "extra_forbidden" else "unknown key"
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    given = error["input"]
+    return f"{message} (got {repr(shown(given)) if isinstance(given, str) else shown(repr(given))})"
 
 
 def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str, str] = os.environ) -> WorkerSettings:
@@ -353,7 +359,7 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
     Raises:
         ConfigError: with file, line and key.
     """
-    shown = str(path)
+    file = str(path)
     lines: dict[str, int] = {}
     values: dict[str, Any] = {}
     try:
@@ -363,19 +369,19 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
                 text = binding.original.string
                 line = binding.original.line + text[: len(text) - len(text.lstrip())].count("\n")
                 if binding.error:
-                    raise ConfigError("not KEY=value", file=shown, line=line)
+                    raise ConfigError("not KEY=value", file=file, line=line)
                 if binding.key is None:
                     continue
                 key = binding.key.lower()
                 if key not in WorkerSettings.model_fields:
-                    raise ConfigError("unknown key", file=shown, line=line, key=binding.key)
+                    raise ConfigError("unknown key", file=file, line=line, key=binding.key)
                 if binding.value is None:
-                    raise ConfigError("not KEY=value", file=shown, line=line, key=binding.key)
+                    raise ConfigError("not KEY=value", file=file, line=line, key=binding.key)
                 lines[key] = line
                 if binding.value:
                     values[key] = binding.value
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=shown) from None
+        raise ConfigError(f"cannot be read: {error}", file=file) from None
 
     values.setdefault("model_name", name)
     prefix = _prefix(values["model_name"])
@@ -404,8 +410,8 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
             raise ConfigError(_sentence(first), key=scoped) from None
         if key not in lines and key.upper() in environ:
             raise ConfigError(f"{_sentence(first)}, in the environment", key=key.upper()) from None
-        raise ConfigError(_sentence(first), file=shown, line=lines.get(key), key=key.upper()) from None
-    settings._file, settings._lines = shown, lines
+        raise ConfigError(_sentence(first), file=file, line=lines.get(key), key=key.upper()) from None
+    settings._file, settings._lines = file, lines
     if bool(settings.model_repo) != bool(settings.model_file):
         raise settings.wrong(
             "MODEL_REPO" if settings.model_repo else "MODEL_FILE", "MODEL_REPO and MODEL_FILE go together"

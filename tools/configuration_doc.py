@@ -100,7 +100,9 @@ def page() -> str:
         "## A model's worker file\n",
         *_table(WorkerSettings, ""),
         "\n## The node, from the environment\n",
-        "`INFSVC_HOME` names the home folder; else it is the checkout, else the user's data folder.\n",
+        "`INFSVC_HOME` names the home folder; else it is the checkout, else the user's data folder. `INFSVC_URL` is\n"
+        "for commands: the node that `infsvc chat`, `embed`, `status`, `queue` and `dashboard` ask when it is not this\n"
+        "home's; `--url` goes before it.\n",
         *_table(NodeSettings, "INFSVC_"),
     ]
     return "\n".join(parts) + "\n"

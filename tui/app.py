@@ -76,6 +76,9 @@ class InfsvcApp(App[int]):
         Binding("f4", "go('models')", show=False, priority=True, id="app.models", tooltip="Models (also 4)"),
         Binding("f5", "go('logs')", show=False, priority=True, id="app.logs", tooltip="Logs (also 5)"),
         Binding("f6", "go('queue')", show=False, priority=True, id="app.queue", tooltip="Queue (also 6)"),
+        # No screen has 3; who asks the demo model is told that it shows requests, and this one does.
+        Binding("f3", "go('queue')", show=False, priority=True, id="app.queue.f3"),
+        Binding("3", "go('queue')", show=False, id="app.queue.three"),
         Binding("1", "go('fleet')", show=False, id="app.fleet.digit"),
         Binding("2", "go('chat')", show=False, id="app.chat.digit"),
         Binding("4", "go('models')", show=False, id="app.models.digit"),

@@ -16,7 +16,7 @@ import httpx2
 
 from infsvc.cli.broker import broker_client
 from infsvc.cli.outcome import friendly
-from infsvc.cli.remote import RemoteError, checked, node_client
+from infsvc.cli.remote import RemoteError, checked, named_node, node_client
 from infsvc.errors import InfsvcError
 
 Ask = Callable[[str], None]
@@ -40,7 +40,9 @@ Ask = Callable[[str], None]
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=120.0, show_default=True, metavar="S",
               help="Seconds to wait for the next piece of an answer.")  # fmt: skip
 @click.option(
-    "--url", metavar="U", help="The node, http://… (default: the one of this home), or with -s the broker, nats://…"
+    "--url",
+    metavar="U",
+    help="The node, http://… (default: INFSVC_URL, else the one of this home), or with -s the broker, nats://…",
 )
 @friendly
 def chat(
@@ -73,7 +75,7 @@ def chat(
         if subject:
             ask = _over_nats(subject, url, body, timeout_s)
         else:
-            client = stack.enter_context(node_client(url, timeout_s=timeout_s))
+            client = stack.enter_context(node_client(named_node(url), timeout_s=timeout_s))
             ask = _over_http(client, body)
         if interactive:
             _converse(ask)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -26,6 +27,7 @@ _POLL_S = 0.2
 _START_S = 30.0
 _LOAD_S = 600.0
 _STOP_S = 15.0
+_OUTPUT_BYTES = 2**20
 
 
 @click.command()
@@ -77,10 +79,14 @@ def _spawn(home: Home, model: str) -> None:
     """Starts `infsvc serve MODEL` as a process of its own and waits until its gateway answers."""
     load_workers(home, load_node_settings())
     home.make()
+    # Its log is in node.jsonl, which is rotated; here goes what keeps it from starting, and what Python complains of.
     output = home.logs / "serve.out"
+    with suppress(FileNotFoundError):  # there is none yet, or another start has moved it
+        if output.stat().st_size > _OUTPUT_BYTES:
+            output.replace(output.with_suffix(".out.1"))
     with output.open("ab") as stream:
         child = subprocess.Popen(
-            [sys.executable, "-m", "infsvc", "serve", model],
+            [sys.executable, "-m", "infsvc", "serve", "--quiet", model],
             cwd=home.root,
             env=os.environ | {"INFSVC_HOME": str(home.root), "PYTHONPATH": _python_path()},
             stdin=subprocess.DEVNULL,

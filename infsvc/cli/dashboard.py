@@ -8,19 +8,19 @@ import os
 import click
 
 from infsvc.cli.outcome import fail, friendly
-from infsvc.cli.remote import node_url
+from infsvc.cli.remote import named_node, node_url
 from infsvc.cli.signals import on_stop
 
 
 @click.command()
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N",
               help="The port to listen on, on this machine; 0 takes a free one.")  # fmt: skip
-@click.option("--url", metavar="U", help="The node (default: the one of this home, else http://127.0.0.1:5780).")
+@click.option("--url", metavar="U", help="The node (default: INFSVC_URL, else the one of this home).")
 @friendly
 def dashboard(port: int, url: str | None) -> None:
     """Serve the web dashboard. The node's gateway serves the same page at /."""
     try:
-        asyncio.run(_serve(port, node_url(url)))
+        asyncio.run(_serve(port, node_url(named_node(url))))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "psutil", "transports"):
             raise

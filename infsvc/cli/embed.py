@@ -10,7 +10,7 @@ import click
 
 from infsvc.cli.broker import connection
 from infsvc.cli.outcome import friendly
-from infsvc.cli.remote import RemoteError, checked, node_client
+from infsvc.cli.remote import RemoteError, checked, named_node, node_client
 
 DEFAULT_MODEL = "nomic-embed-v1.5"
 _N_SHOWN = 5
@@ -32,7 +32,9 @@ _N_SHOWN = 5
 @click.option("--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=120.0, show_default=True, metavar="S",
               help="Seconds to wait for the answer.")  # fmt: skip
 @click.option(
-    "--url", metavar="U", help="The node, http://… (default: the one of this home), or with -s the broker, nats://…"
+    "--url",
+    metavar="U",
+    help="The node, http://… (default: INFSVC_URL, else the one of this home), or with -s the broker, nats://…",
 )
 @friendly
 def embed(
@@ -53,7 +55,7 @@ def embed(
             body["model"] = model  # its subject must agree
         answer = asyncio.run(_over_nats(subject, url, body, timeout_s))
     else:
-        with node_client(url, timeout_s=timeout_s) as client:
+        with node_client(named_node(url), timeout_s=timeout_s) as client:
             answer = checked(client.post("/v1/embeddings", json=body | {"model": model or DEFAULT_MODEL}))
     if as_json:
         click.echo(json.dumps(answer, ensure_ascii=False))

@@ -9,11 +9,9 @@ from urllib.parse import quote
 import click
 
 from infsvc.cli.outcome import friendly
-from infsvc.cli.remote import checked, node_client
+from infsvc.cli.remote import checked, named_node, node_client
 
-_URL = click.option(
-    "--url", metavar="U", help="The node to ask (default: the one of this home, else http://127.0.0.1:5780)."
-)
+_URL = click.option("--url", metavar="U", help="The node to ask (default: INFSVC_URL, else the one of this home).")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the documents as JSON.")
 _PAGE = 100
 
@@ -29,7 +27,7 @@ def queue() -> None:
 @friendly
 def list_queues(as_json: bool, url: str | None) -> None:
     """Show each model's queue: what waits, what is being worked on, how much it takes."""
-    with node_client(url, timeout_s=10) as client:
+    with node_client(named_node(url), timeout_s=10) as client:
         queues = checked(client.get("/api/queue"))["queues"]
     if as_json:
         _print_json(queues)
@@ -58,7 +56,7 @@ def list_queues(as_json: bool, url: str | None) -> None:
 def dead(model: str | None, as_json: bool, url: str | None) -> None:
     """List the requests that could not be answered, with the reason."""
     letters: list[dict[str, Any]] = []
-    with node_client(url) as client:
+    with node_client(named_node(url)) as client:
         while True:
             params = {"limit": str(_PAGE), "after": str(letters[-1]["id"] if letters else 0)}
             if model is not None:
@@ -86,7 +84,7 @@ def dead(model: str | None, as_json: bool, url: str | None) -> None:
 @friendly
 def replay(number: int, url: str | None) -> None:
     """Put dead letter ID back into its queue; it is answered where it says."""
-    with node_client(url, timeout_s=10) as client:
+    with node_client(named_node(url), timeout_s=10) as client:
         told = checked(client.post(f"/api/dead/{number}/replay"))
     click.echo(f"{told['req_id'] or f'dead letter {number}'} waits for {told['model']} again")
 
@@ -100,7 +98,7 @@ def purge(model: str | None, number: int | None, url: str | None) -> None:
     """Remove what waits for MODEL and no node has taken; each caller is told. With --dead, forget a dead letter."""
     if (model is None) == (number is None):
         raise click.UsageError("name a MODEL, or a dead letter with --dead ID")
-    with node_client(url) as client:
+    with node_client(named_node(url)) as client:
         if number is not None:
             checked(client.delete(f"/api/dead/{number}"))
             click.echo(f"dead letter {number} is forgotten")

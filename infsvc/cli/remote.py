@@ -25,6 +25,12 @@ class NoNode(RemoteError):
     """None answers at the address."""
 
 
+def named_node(url: str | None) -> str | None:
+    """The node that the user names: with --url, else with INFSVC_URL. `start`, `stop` and `models` are about this home
+    and do not ask here."""
+    return url or os.environ.get("INFSVC_URL") or None
+
+
 def node_url(url: str | None) -> str:
     """The node to ask: the one named, else the one that runs on this home, else where its gateway would be."""
     if url:
@@ -50,7 +56,8 @@ def node_client(url: str | None, *, timeout_s: float = 30.0) -> Iterator[httpx2.
             yield client
     except httpx2.ConnectError:
         raise NoNode(
-            f"no node answers at {base}: start one with `infsvc serve` or `make run`, or name it with --url"
+            f"no node answers at {base}: start one with `infsvc serve` or `make run`, "
+            "or name it with --url or INFSVC_URL"
         ) from None
     except httpx2.TimeoutException:
         raise RemoteError(

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option("--quiet", is_flag=True, help="Leave standard output alone: the log goes to data/logs/node.jsonl only.")
 @friendly
-def serve(models: tuple[str, ...]) -> None:
+def serve(models: tuple[str, ...], quiet: bool) -> None:
     """Run a node without a screen; each log line is a JSON object on standard output.
 
     MODEL names envs/worker.<MODEL>.env. With none, those that ran last are loaded; on a first run the demo model.
     SIGTERM and SIGINT let running work go on for 3 seconds, then end it.
     """
-    asyncio.run(_serve(build_node(prepare_home(), models, log_to_stdout=True)))
+    asyncio.run(_serve(build_node(prepare_home(), models, log_to_stdout=not quiet)))
 
 
 async def _serve(node: Node) -> None:

@@ -11,7 +11,7 @@ import click
 from infsvc import board
 from infsvc.cli.broker import broker_client
 from infsvc.cli.outcome import friendly
-from infsvc.cli.remote import NoNode, checked, node_client
+from infsvc.cli.remote import NoNode, checked, named_node, node_client
 from infsvc.errors import Unreachable
 
 _COLUMNS = ("MODEL", "NODE", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT", "ACT", "LEVEL", "DONE", "ENDPOINT")
@@ -19,14 +19,18 @@ _COLUMNS = ("MODEL", "NODE", "STATUS", "ARCH", "PARAMS", "QUANT", "CTX", "WAIT",
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the documents as JSON.")
-@click.option("--url", metavar="U",
-              help="A node, http://…, or a broker, nats://… (default: this home's node, else the broker).")  # fmt: skip
+@click.option(
+    "--url",
+    metavar="U",
+    help="A node, http://…, or a broker, nats://… (default: INFSVC_URL, else this home's node, else the broker).",
+)
 @friendly
 def status(as_json: bool, url: str | None) -> None:
     """Say what runs, once: each model with its state, queue and endpoint.
 
     Without a node here, the broker is asked, and every node on it answers.
     """
+    url = named_node(url)
     services = _from_bus(url) if url and "://" in url and not url.startswith("http") else _services(url)
     if as_json:
         click.echo(json.dumps(services, indent=2, ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,20 @@ def test_without_a_node_the_commands_say_how_to_start_one(infsvc: Run) -> None:
     assert infsvc("stop").stdout == "no node runs on this home\n"
 
 
+def test_commands_ask_the_node_that_the_environment_names(infsvc: Run, node: Served, tmp_path: Path) -> None:
+    elsewhere = {"INFSVC_HOME": str(tmp_path / "elsewhere"), "INFSVC_URL": node.gateway}
+    for command in (("status",), ("queue", "list"), ("chat", "--input", "x", "--max-tokens", "1")):
+        told = infsvc(*command, **elsewhere)
+        assert told.returncode == 0, told.stderr
+        wrong = infsvc(*command, **elsewhere | {"INFSVC_URL": "http://127.0.0.1:1"})
+        assert (wrong.returncode, "no node answers at http://127.0.0.1:1" in wrong.stderr) == (1, True)
+    assert infsvc("status", "--url", node.gateway, INFSVC_URL="http://127.0.0.1:1").returncode == 0
+    # A subject goes over the broker, which has a setting of its own.
+    assert infsvc("chat", "-s", "inference.request.tiny", "--input", "x", **elsewhere).returncode == 0
+    # This home's node is meant, whatever is named.
+    assert infsvc("stop", **elsewhere).stdout == "no node runs on this home\n"
+
+
 @pytest.mark.usefixtures("node")
 def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
     table = infsvc("status").stdout.splitlines()
@@ -116,7 +131,7 @@ def test_status_as_a_table_and_as_json(infsvc: Run) -> None:
     assert services["tiny"]["capabilities"] == ["text-generation", "embeddings", "grammar-constrained"]
 
 
-def test_start_and_stop_make_use_of_one_node(infsvc: Run) -> None:
+def test_start_and_stop_make_use_of_one_node(infsvc: Run, tmp_path: Path) -> None:
     started = infsvc("start", "tiny")
     assert started.stdout == "tiny is ready\n", started.stderr
     try:
@@ -127,3 +142,17 @@ def test_start_and_stop_make_use_of_one_node(infsvc: Run) -> None:
         assert infsvc("start", "tiny").stdout == "tiny is ready\n"
     finally:
         assert infsvc("stop").stdout == "the node has ended\n"
+    output = tmp_path / "data/logs/serve.out"
+    assert output.read_text() == "", "the log is in node.jsonl, which is rotated"
+    assert "model.loaded" in (tmp_path / "data/logs/node.jsonl").read_text()
+
+
+def test_what_a_background_node_said_is_moved_away_when_it_is_much(infsvc: Run, tmp_path: Path) -> None:
+    (tmp_path / "data/logs").mkdir(parents=True)
+    output = tmp_path / "data/logs/serve.out"
+    output.write_text("x\n" * 2**20)
+    told = infsvc("start", "tiny", INFSVC_BIND="0.0.0.0")
+    assert told.returncode == 1
+    assert "INFSVC_API_KEYS is empty" in told.stderr
+    assert output.with_name("serve.out.1").stat().st_size == 2**21
+    assert output.stat().st_size < 1000

@@ -107,6 +107,18 @@ def test_a_form_of_reasoning_that_is_not_told_apart_is_named_and_not_claimed(tmp
     assert "<|channel|>" in claim.evidence
 
 
+def test_what_replaces_the_chat_template_takes_its_claims_along(tmp_path: Path) -> None:
+    template = CHATML + "<think>{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    info = read_model_info(write_tiny_model(tmp_path / "m.gguf", chat_template=template))
+    found = {claim.capability: claim for claim in detect(info, override="prompt_template.json")}
+    for capability in (Capability.REASONING, Capability.TOOL_CALLING):
+        assert not found[capability].present
+        assert "prompt_template.json" in found[capability].evidence
+    # A token stays one, whoever writes the prompt.
+    info = read_model_info(write_tiny_model(tmp_path / "t.gguf", special=("<think>",)))
+    assert detect(info, override="prompt_template.json")[2].evidence == "<think> is a token of the vocabulary"
+
+
 def test_no_template(tmp_path: Path) -> None:
     found = claims(write_tiny_model(tmp_path / "m.gguf", chat_template=None))
     assert found[Capability.TEXT_GENERATION].present

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infsvc.errors import ConfigError
+from infsvc.errors import ConfigError, shown
 from infsvc.home import Home
 from infsvc.settings import (
     Address,
@@ -158,6 +158,12 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
             "WORKER_CONCURRENCY",
             "Input should be a valid integer, unable to parse string as an integer",
         ),
+        (
+            f"CTX_SIZE={'9' * 5000}\n",
+            1,
+            "CTX_SIZE",
+            f"Unable to parse input string as an integer, exceeded maximum size (got '{'9' * 119}…')",
+        ),
         ("MODEL_FORMAT=chatml\n", 1, "MODEL_FORMAT", "Input should be 'auto', 'template', 'harmony' or 'embedding'"),
         ("POOLING=max\n", 1, "POOLING", "Input should be 'auto', 'mean', 'cls' or 'last'"),
         ("GPU_LAYERS=some\n", 1, "GPU_LAYERS", "Input should be a valid integer, unable to parse string as an integer"),
@@ -218,7 +224,7 @@ def test_a_wrong_word_names_file_line_and_key(write: Write, text: str, line: int
     assert (error.file, error.line, error.key) == (str(path), line, key)
     value = text.strip().splitlines()[-1].partition("=")[2]
     told = str(error).removeprefix(f"{path}:{line}: {key}: ")
-    assert told in (says, f"{says} (got {value!r})")
+    assert told in (says, f"{says} (got {shown(value)!r})")
 
 
 def test_a_line_that_is_none_names_file_and_line(write: Write) -> None:

@@ -92,7 +92,15 @@ async def test_draining_is_told_until_the_node_has_closed(until) -> None:
 async def test_screens_change_by_digit_and_by_function_key(until) -> None:
     app = sample_app(busy_node())
     async with app.run_test() as pilot:
-        for key, name in (("5", "logs"), ("2", "chat"), ("f1", "fleet"), ("f5", "logs"), ("1", "fleet")):
+        for key, name in (
+            ("5", "logs"),
+            ("2", "chat"),
+            ("f1", "fleet"),
+            ("f5", "logs"),
+            ("3", "queue"),
+            ("f3", "queue"),
+            ("1", "fleet"),
+        ):
             if app.current_mode == "chat":
                 await pilot.press("escape")
             await pilot.press(key)

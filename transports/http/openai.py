@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +41,9 @@ log = logging.getLogger("infsvc.http")
 
 _TEXT_MAX_TOKENS = 16
 """OpenAI's default for text completions."""
+
+_SENT = {f"params.{name}": name for name in Params.model_fields} | {"think": "chat_template_kwargs.enable_thinking"}
+"""The native names in errors, as OpenAI's bodies have them."""
 
 _MAX_SEED = 2**32 - 1
 _DONE = b"data: [DONE]\n\n"
@@ -115,10 +118,18 @@ class OpenAI:
         asked = _validated(ChatRequest, own)
         schema = asked.response_format.schema if asked.response_format else None
         forced = asked.forced_tools
-        if schema is not None and ("json_schema" in sampling or "grammar" in sampling or forced):
-            raise BadRequest("response_format, a grammar and a forced tool exclude each other", param="response_format")
+        n_constraints = (schema is not None) + bool(forced) + ("json_schema" in sampling or "grammar" in sampling)
+        if n_constraints > 1:
+            raise BadRequest(
+                "response_format, a grammar and a forced tool exclude each other",
+                param="response_format" if schema is not None else "tool_choice",
+            )
+        sent = dict(_SENT) | {"input": "messages", "raw": "messages"}
         if schema is not None or forced:
             sampling["json_schema"] = call_schema(forced) if forced else schema
+            sent["params.json_schema"] = "tools" if forced else "response_format"
+        if asked.reasoning_effort is not None and "enable_thinking" not in asked.chat_template_kwargs:
+            sent["think"] = "reasoning_effort"
         if asked.parallel_tool_calls is False and asked.tools:
             raise Unsupported("parallel_tool_calls", "false is not; take the first call")
         if asked.top_logprobs is not None and not asked.logprobs:
@@ -139,7 +150,8 @@ class OpenAI:
             client=caller(request),
         )
         shape = _Chat(base.req_id, base.model, logprobs=asked.logprobs)
-        return await self._answer(request, _choices(base, asked.n), shape, asked.stream, asked.include_usage)
+        with _as_sent(sent):
+            return await self._answer(request, _choices(base, asked.n), shape, asked.stream, asked.include_usage)
 
     async def text(self, request: Request, body: dict[str, Any]) -> Response:
         """`POST /v1/completions` with a `prompt`."""
@@ -162,7 +174,8 @@ class OpenAI:
             one = replace(base, input=prompt) if isinstance(prompt, str) else replace(base, tokens=prompt)
             all_choices += _choices(one, asked.n, begin=len(all_choices))
         shape = _Text(base.req_id, base.model, logprobs=asked.logprobs is not None)
-        return await self._answer(request, all_choices, shape, asked.stream, asked.include_usage)
+        with _as_sent(dict(_SENT) | {"input": "prompt"}):
+            return await self._answer(request, all_choices, shape, asked.stream, asked.include_usage)
 
     async def _answer(
         self, request: Request, asked: Sequence[InferenceRequest], shape: _Shape, stream: bool, include_usage: bool
@@ -216,7 +229,19 @@ def _validated(shape: type[Shape], own: dict[str, Any]) -> Shape:
         raise complaint(error) from None
 
 
+@contextmanager
+def _as_sent(sent: Mapping[str, str]) -> Iterator[None]:
+    """An error names the field that the client sent, where the service knows it by its native name."""
+    try:
+        yield
+    except RequestError as error:
+        error.param = sent.get(error.param or "", error.param)
+        raise
+
+
 def _params(sampling: dict[str, Any]) -> Params:
+    if "grammar" in sampling and "json_schema" in sampling:
+        raise BadRequest("grammar and json_schema exclude each other", param="json_schema")
     try:
         return Params.model_validate(sampling)
     except ValidationError as error:

@@ -64,6 +64,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add("calls", CALLS)
     add("goes-on", GOES_ON)
     add("verbatim", THINKS, keys={"HARMONY_EXTRACT_FINAL": "false"})
+    add("prefixed", THINKS, after="\n")
+    (home / "data/models/prefixed/prompt_template.json").write_text(
+        '{"user_prefix": "user: ", "user_suffix": "\\n", "model_prefix": "model:\\n"}'
+    )
     add("jinja", THINKS, keys={"MODEL_FORMAT": "template"}, after="\n")
     template = "{% if tools %}MARK{% endif %}" + CHATML
     add(
@@ -79,7 +83,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def node(home: Path) -> AsyncIterator[Node]:
-    names = ("thinks", "calls", "goes-on", "verbatim", "jinja", "mistral", "llama")
+    names = ("thinks", "calls", "goes-on", "verbatim", "prefixed", "jinja", "mistral", "llama")
     async with build(home, *names, embedded_nats="off") as started:
         for name in names:
             worker = await started.fleet.settled(name)
@@ -230,7 +234,8 @@ async def test_thinking_can_be_left_out_only_without_tools(client: openai.AsyncO
 
 async def test_what_the_files_say_of_themselves(node: Node) -> None:
     evidence = {
-        name: node.fleet.get(name).claims for name in ("thinks", "calls", "verbatim", "jinja", "mistral", "llama")
+        name: node.fleet.get(name).claims
+        for name in ("thinks", "calls", "verbatim", "prefixed", "jinja", "mistral", "llama")
     }
     said = {name: {claim.capability.value: claim for claim in claims} for name, claims in evidence.items()}
     for name in ("thinks", "calls"):
@@ -239,6 +244,11 @@ async def test_what_the_files_say_of_themselves(node: Node) -> None:
         assert said[name]["reasoning"].present
         assert said[name]["tool-calling"].present
     assert not said["jinja"]["reasoning"].present
+    # It is read as its prompt_template.json says, and claims no more than that.
+    assert not said["prefixed"]["reasoning"].present
+    assert said["prefixed"]["tool-calling"].evidence.startswith("prompt_template.json replaces the chat template")
+    capabilities = node.fleet.get("prefixed").health().capabilities
+    assert capabilities == ["text-generation", "embeddings", "grammar-constrained"]
     assert said["verbatim"]["reasoning"].evidence == "HARMONY_EXTRACT_FINAL=false: the analysis stays in the text"
     assert "[TOOL_CALLS]" in said["mistral"]["tool-calling"].evidence
     assert "<|python_tag|>" in said["llama"]["tool-calling"].evidence

@@ -247,7 +247,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
             {"messages": [{"role": "user", "content": "x " * 2000}]},
             400,
             "context_length_exceeded",
-            "input",
+            "messages",
             "1024",
         ),
         (TEXT, {"prompt": ""}, 400, "bad_request", "prompt", "empty"),
@@ -257,7 +257,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
         (TEXT, {"prompt": "x", "echo": True}, 400, "unsupported", "echo", "raw"),
         (TEXT, {"prompt": "x", "best_of": 4}, 400, "unsupported", "best_of", "n"),
         (TEXT, {"prompt": ["x"] * 65}, 400, "bad_request", "prompt", "at most 64"),
-        (TEXT, {"prompt": "x", "grammar": "root ::= nope"}, 422, "grammar_invalid", "params.grammar", "nope"),
+        (TEXT, {"prompt": "x", "grammar": "root ::= nope"}, 422, "grammar_invalid", "grammar", "nope"),
+        (TEXT, {"prompt": "x " * 2000}, 400, "context_length_exceeded", "prompt", "1024"),
     ],
 )
 async def test_a_wrong_request_is_told_what_is_wrong(
