@@ -43,6 +43,7 @@ DRAIN_S = 30.0
 
 _JOIN_S = 20.0
 _PULLING = (ModelState.DOWNLOADING, ModelState.VERIFYING)
+_AT_REST = (ModelState.ABSENT, ModelState.ON_DISK, ModelState.FAILED)
 
 
 class Fleet:
@@ -97,6 +98,16 @@ class Fleet:
         if worker.state is ModelState.ON_DISK:
             self._spawn(worker.name, self._look(worker))
         return worker
+
+    def is_at_rest(self, name: str) -> bool:
+        """Whether the model is neither in memory nor on its way in or out."""
+        return self.get(name).state in _AT_REST and name not in self._stopping
+
+    def renew(self, settings: WorkerSettings) -> None:
+        """Takes a changed worker file over; the model must be at rest."""
+        worker = self.get(settings.model_name)
+        worker.settings = settings
+        worker.path = self._file(worker)
 
     def get(self, name: str) -> Worker:
         """The model by its name, or `UnknownModel`."""

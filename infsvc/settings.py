@@ -181,6 +181,11 @@ class WorkerSettings(BaseSettings):
     _file: str | None = PrivateAttr(None)
     _lines: dict[str, int] = PrivateAttr(default_factory=dict)
 
+    @property
+    def file(self) -> str | None:
+        """The worker file that this was read from."""
+        return self._file
+
     def wrong(self, key: str, message: str) -> ConfigError:
         """The error that says where `key` stands."""
         return ConfigError(message, file=self._file, line=self._lines.get(key.lower()), key=key)

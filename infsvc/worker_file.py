@@ -1,9 +1,12 @@
-"""Writes a new worker file into the home, checked by the same types that read it: what is written can be started."""
+"""Worker files while a node runs: a new one is written into the home, checked by the same types that read it, so that
+what is written can be started; one that was put there or changed by hand is read when its model is loaded.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from infsvc.errors import ConfigError
 from infsvc.home import Home
@@ -54,6 +57,39 @@ def write_worker(
         raise ConfigError(f"{path} cannot be written ({error.strerror or error})") from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def read_new(home: Home, node: NodeSettings, name: str) -> WorkerSettings | None:
+    """The worker file of a model that was not there when the node started; None when there is none of that name.
+
+    Raises:
+        ConfigError: the file is wrong, or gives the model another name.
+    """
+    path = home.worker_files().get(name)
+    if path is None:
+        return None
+    settings = load_worker(name, path, node)
+    if settings.model_name != name:
+        raise settings.wrong("MODEL_NAME", f"it is {settings.model_name}, and {name} is asked for")
+    return settings
+
+
+def read_again(home: Home, node: NodeSettings, settings: WorkerSettings) -> WorkerSettings:
+    """What a model's worker file says now; the same settings where the file has gone.
+
+    Raises:
+        ConfigError: the file is wrong, or changes what is fixed for as long as the node runs.
+    """
+    name = "" if settings.file is None else Path(settings.file).name.removeprefix("worker.").removesuffix(".env")
+    path = home.worker_files().get(name)
+    if path is None:
+        return settings
+    fresh = load_worker(name, path, node)
+    for key in ("model_name", "db_path"):
+        before = getattr(settings, key)
+        if getattr(fresh, key) != before:
+            raise fresh.wrong(key.upper(), f"it was {before} when the node started: start the node again")
+    return fresh
 
 
 def _check_free(settings: WorkerSettings, node: NodeSettings, others: Iterable[WorkerSettings]) -> None:

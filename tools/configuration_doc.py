@@ -38,7 +38,8 @@ Every key, its range and its default. This page is made from the settings types:
 
 A model is one worker file, `envs/worker.<name>.env`, looked up in the home and then in what ships. A value in the file
 beats a bare name in the environment; `INFSVC__<MODEL>__<KEY>` (dots and dashes as `_`) beats the file. An unknown key
-or a value of the wrong type or range is an error with file, line and key, before anything starts.
+or a value of the wrong type or range is an error with file, line and key, before anything starts. A running node reads
+a worker file that is new or has changed when its model is loaded the next time.
 """
 
 
@@ -100,9 +101,9 @@ def page() -> str:
         "## A model's worker file\n",
         *_table(WorkerSettings, ""),
         "\n## The node, from the environment\n",
-        "`INFSVC_HOME` names the home folder; else it is the checkout, else the user's data folder. `INFSVC_URL` is\n"
-        "for commands: the node that `infsvc chat`, `embed`, `status`, `queue` and `dashboard` ask when it is not this\n"
-        "home's; `--url` goes before it.\n",
+        "`INFSVC_HOME` names the home folder; else it is the checkout, else the user's data folder.\n"
+        "`INFSVC_URL` is for commands: the node that `infsvc chat`, `embed`, `status`, `queue` and `dashboard` ask\n"
+        "when it is not the one that runs on this home; `--url` goes before it.\n",
         *_table(NodeSettings, "INFSVC_"),
     ]
     return "\n".join(parts) + "\n"

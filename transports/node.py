@@ -27,7 +27,7 @@ from infsvc.errors import ConfigError, UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home, HomeLock
 from infsvc.settings import Address, NodeSettings, WorkerSettings, check_open, check_ports
-from infsvc.worker_file import write_worker
+from infsvc.worker_file import read_again, read_new, write_worker
 from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
 from storage.node_state import NodeState
@@ -206,14 +206,15 @@ class Node:
         await self._exits.aclose()
 
     async def load(self, name: str, *, force: bool = False) -> Worker:
-        """Opens the model's port and begins to load it; returns at once with the state `loading`.
+        """Opens the model's port and begins to load it; returns at once with the state `loading`. Its worker file is
+        read first, where it is new or the model is at rest.
 
         Raises:
             UnknownModel: no worker file has that name.
             StartError: its port is taken.
-            ConfigError: its port is another model's, or open without keys.
+            ConfigError: the worker file is wrong, its port is another model's, or open without keys.
         """
-        worker = self.fleet.get(name)
+        worker = self._as_written(name)
         await self._open_port(worker)
         self.fleet.load(name, force=force)
         self._remember()
@@ -233,8 +234,9 @@ class Node:
         Raises:
             UnknownModel: no worker file has that name.
             NoSource: its worker file does not say where the file comes from.
+            ConfigError: the worker file is wrong.
         """
-        return self.fleet.pull(name)
+        return self.fleet.pull(self._as_written(name).name)
 
     async def remove_file(self, name: str) -> int:
         """Removes the file of a model that is not in memory; the bytes that were freed.
@@ -260,8 +262,27 @@ class Node:
         settings = write_worker(
             self.home, self.settings, values, [each.settings for each in self.fleet.workers.values()]
         )
+        return self._take_in(settings)
+
+    def _take_in(self, settings: WorkerSettings) -> Worker:
         self._audits[settings.model_name] = AuditLog(self.home.root / settings.db_path)
         return self.fleet.add(settings)
+
+    def _as_written(self, name: str) -> Worker:
+        """The model as its worker file says now, if it is at rest. Raises `UnknownModel`, `ConfigError`."""
+        if name not in self.fleet.workers:
+            settings = read_new(self.home, self.settings, name)
+            if settings is not None:
+                return self._take_in(settings)
+        worker = self.fleet.get(name)
+        if self.fleet.is_at_rest(name):
+            before, now = worker.settings, read_again(self.home, self.settings, worker.settings)
+            if now.http_addr != before.http_addr and name in self._servers:
+                raise now.wrong("HTTP_ADDR", f"{name} still has port {self._servers[name].port} open: unload it first")
+            self.fleet.renew(now)
+            if now.http_addr != before.http_addr:
+                worker.endpoint = self._endpoint(now)
+        return worker
 
     def system(self) -> SystemUsage:
         """Memory, read now; some microseconds."""

@@ -307,6 +307,60 @@ async def test_a_taken_port_ends_the_start_and_gives_the_home_back(home: Path) -
         pass
 
 
+async def test_a_worker_file_is_read_when_its_model_is_loaded(home: Path, long_model: Path) -> None:
+    """One that is put there, or changed, while the node runs."""
+    async with (
+        build(home, embedded_nats="off") as node,
+        httpx2.AsyncClient(base_url=node.gateway_url, trust_env=False, timeout=30) as http,
+    ):
+
+        async def load(name: str) -> tuple[int, str]:
+            answer = await http.post(f"/api/models/{name}/load")
+            return answer.status_code, answer.json().get("error", "")
+
+        assert await load("mine") == (404, "no model 'mine'; there are: tiny")
+        add_worker(home, "mine", long_model, CTX_SIZE="many")
+        file = home / "envs/worker.mine.env"
+        status, said = await load("mine")
+        assert (status, "worker.mine.env:4: CTX_SIZE: " in said) == (409, True), said
+        file.write_text("CTX_SIZE=256\nHTTP_ADDR=:0\n")
+        assert await load("mine") == (202, "")
+        worker = await node.fleet.settled("mine")
+        assert (worker.state, worker.n_ctx) == (ModelState.READY, 256)
+        assert (await http.post("/v1/completions", json={"input": "x", "params": {"max_tokens": 1}})).is_success
+        # What runs is left as it is; what rests is read again.
+        file.write_text("CTX_SIZE=512\n")
+        assert await load("mine") == (202, "")
+        assert worker.n_ctx == 256
+        assert (await http.post("/api/models/mine/unload")).is_success
+        assert await load("mine") == (202, "")
+        assert (await node.fleet.settled("mine")) is worker
+        assert (worker.n_ctx, worker.endpoint) == (512, "")
+        assert (await http.post("/api/models/mine/unload")).is_success
+        file.write_text("DB_PATH=elsewhere.sqlite\n")
+        status, said = await load("mine")
+        assert (status, "it was data/logs/mine.sqlite when the node started" in said) == (409, True)
+        file.unlink()
+        assert await load("mine") == (202, "")
+        assert (await node.fleet.settled("mine")).n_ctx == 512
+
+
+async def test_a_failed_model_is_loaded_with_what_was_mended(home: Path) -> None:
+    async with build(home, embedded_nats="off", memory_limit="500M") as node:
+        file = home / "envs/worker.tiny.env"
+        text = file.read_text()
+        file.write_text(text + "MODEL_PATH=data/models/nobody.gguf\n")
+        await node.load("tiny")
+        worker = await node.fleet.settled("tiny")
+        assert "nobody.gguf is missing" in (worker.reason or "")
+        file.write_text(text.replace("HTTP_ADDR=:0", "HTTP_ADDR=:1"))
+        with pytest.raises(ConfigError, match="unload it first"):
+            await node.load("tiny")
+        file.write_text(text)
+        await node.load("tiny")
+        assert (await node.fleet.settled("tiny")).state is ModelState.READY
+
+
 def test_wrong_choices_are_told_before_anything_starts(home: Path, long_model: Path) -> None:
     with pytest.raises(UnknownModel, match="nobody"):
         build(home, "nobody")

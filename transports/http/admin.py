@@ -197,7 +197,7 @@ class Admin:
         await no_fields(request)
         try:
             worker = await self._node.pull(request.path_params["model"])
-        except LoadError as error:
+        except (LoadError, ConfigError) as error:
             raise CannotLoad(str(error)) from error
         return Json({"model": worker.name, "state": worker.state.value}, status_code=202)
 

@@ -43,6 +43,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def load_topics() -> list[dict[str, Any]]:
-    """Every fixed-answer topic: small talk and all help files, in a stable order."""
+    """Every fixed-answer topic: small talk and all help files, in a stable order.
+
+    A topic's `shipped` is what the weights that ship were trained to say, where its `answer` has been corrected since.
+    """
     names = ["smalltalk.toml", *sorted(path.name for path in HERE.glob("help_*.toml"))]
     return [topic for name in names for topic in load(name)["topic"]]
