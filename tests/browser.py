@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -145,3 +146,16 @@ async def browser(profile: Path) -> AsyncIterator[Page]:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+async def _told(url: str) -> str:
+    with tempfile.TemporaryDirectory() as profile:
+        async with browser(Path(profile)) as page:
+            await page.open(url)
+            await page.until("document.querySelector('#cards > li .facts dd') !== null")
+            return str(await page.run("document.querySelector('main').innerText"))
+
+
+if __name__ == "__main__":
+    # `python -m tests.browser URL` prints the dashboard's text once its models are there.
+    print(asyncio.run(_told(sys.argv[1])))

@@ -74,6 +74,7 @@ class Place:
         self._command("python", f'exec {python} "$@"')
         self._command("infsvc", f'exec {python} -m infsvc "$@"')
         self._command("infsvc-tui", f"exec {python} -c 'from infsvc.__main__ import main_tui; main_tui()' \"$@\"")
+        self._command("lint-imports", f"cd {ROOT} && exec {Path(python).with_name('lint-imports')}")
         self._command("make", f'exec {shutil.which("make")} -s --no-print-directory -C {ROOT} BIN={self._bin} "$@"')
         if shutil.which("sqlite3") is None:
             (self._bin / "sqlite3.py").write_text(_SQLITE)
@@ -96,6 +97,12 @@ class Place:
         for port, own in self.ports.items():
             for host in ("localhost", "127.0.0.1"):
                 text = text.replace(f"{host}:{port}", f"127.0.0.1:{own}")
+        return text
+
+    def documented(self, text: str) -> str:
+        """The other way round: the pages' ports for this place's own."""
+        for port, own in self.ports.items():
+            text = text.replace(f":{own}", f":{port}")
         return text
 
     def run(self, script: str, *, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:

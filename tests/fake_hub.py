@@ -38,6 +38,7 @@ class FakeHub:
         statuses: answers of the next requests for content, instead of it.
         hub_status: the answer to every request for metadata, with its X-Error-Code.
         token: what the hub wants to be shown.
+        anything: whether any file of any repository is there, all with the same content.
     """
 
     content: bytes
@@ -52,6 +53,7 @@ class FakeHub:
     lfs: bool = True
     redirect_to: str | None = None
     lengths: bool = True
+    anything: bool = False
     asked: list[Asked] = field(default_factory=list)
     n_body_bytes: int = 0
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -140,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(401, Content_Length=0, X_Error_Code="GatedRepo")
         elif self.path.startswith("/owner/old-name/"):
             self._head(307, Location=self.path.replace("old-name", "tiny-GGUF"), Content_Length=0)
-        elif not self.path.startswith(f"/{REPO}/resolve/main/{FILE}"):
+        elif not hub.anything and not self.path.startswith(f"/{REPO}/resolve/main/{FILE}"):
             self._head(404, Content_Length=0, X_Error_Code="EntryNotFound")
         elif hub.lfs or self.command == "GET":
             etag = hub.etag or hub.sha256

@@ -44,6 +44,10 @@ SHELL = {
     "lint-imports",
     "docker",
     "mkdir",
+    "cp",
+    "seq",
+    "xargs",
+    "script",
 }
 
 
@@ -59,7 +63,7 @@ def commands(lines: str) -> Iterator[list[str]]:
             if words:
                 yield words
             words = []
-        elif words or not re.fullmatch(r"\w+=\S*|do|done", word):
+        elif words or not re.fullmatch(r"\w+=\S*|do|done|until", word):
             words.append(word)
 
 
@@ -120,7 +124,8 @@ def check(words: list[str]) -> None:
     elif head.startswith("examples/"):
         assert (ROOT / head).stat().st_mode & 0o100
     elif head == "python":
-        assert rest[0] == "-c" or (ROOT / rest[0]).is_file()
+        file = rest[1].replace(".", "/") + ".py" if rest[0] == "-m" else rest[0]
+        assert rest[0] == "-c" or (ROOT / file).is_file()
     elif head == "grep" and rest[-1].endswith(".md"):
         assert (ROOT / rest[-1]).is_file()
     else:
@@ -146,7 +151,7 @@ def test_the_notes_name_tests_and_pages_that_are_there() -> None:
         for path in re.findall(r"`(tests/\S+?)`", row.note):
             assert (ROOT / path).exists(), path
         for path in re.findall(r"\]\(([^)]+)\)", row.note):
-            assert (ROOT / "docs" / path).exists(), path
+            assert (ROOT / "docs" / path.partition("#")[0]).exists(), path
         assert row.here or row.note, row.promised
 
 

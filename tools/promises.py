@@ -1,24 +1,34 @@
 """Writes `docs/promises.md`: what the README of the Go service promised that this project replaces, the command that
 keeps it here, and what that command really answers.
 
-`python tools/promises.py` starts a node on the documented ports (5700, 5769 to 5780; they must be free), runs every
-row and writes the page; it takes about three minutes. A model that would have to be fetched has a stand-in under its
-name: the demo model's weights for those that generate, random weights of the same architecture for those that embed.
+`python tools/promises.py` starts a node, runs every row and writes the page; it takes about five minutes. Words behind
+the command run only the rows whose promise holds one of them, and write nothing. The node has the documented ports
+(5700, 5769 to 5780, 8080) when all are free, else others, and the page shows the documented ones.
+
+A model that would have to be fetched has a stand-in under its name: the demo model's weights for gemma3 and qwen3, which
+are fetched from a hub on this machine; a tiny file of gpt-oss's architecture that says what is written for it; random
+weights of the same architecture for those that embed.
 """
 
 from __future__ import annotations
 
 import re
+import socket
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if TYPE_CHECKING:
+    from tests.commands import Place
+
 TARGET = ROOT / "docs/promises.md"
-SHOWN_CHARACTERS = 220
+SHOWN_CHARACTERS = 240
 PORTS = {
     "demo": 5769, "gemma3-270m": 5770, "qwen3-4b": 5771, "gpt-oss-20b": 5772, "nomic-embed-v1.5": 5778,
     "nomic-embed-v2-moe": 5779,
@@ -35,6 +45,7 @@ class Row:
         note: what is special: a stand-in, why it was not run, the test or page that shows it.
         pick: a regular expression; what it finds in the output is shown in the output's place.
         run: whether the lines were run for the page.
+        first: whether they run before all others, which build on them.
     """
 
     promised: str
@@ -42,6 +53,7 @@ class Row:
     note: str = ""
     pick: str = ""
     run: bool = True
+    first: bool = False
 
 
 def ask(model: str, body: str, path: str = "/v1/completions", more: str = "") -> str:
@@ -49,16 +61,43 @@ def ask(model: str, body: str, path: str = "/v1/completions", more: str = "") ->
 
 
 NO_GPU = "no GPU and no Mac here: shown is what the compiler would be told"
-NO_DOCKER = (
-    "no container engine runs here: `tests/test_docker.py` reads the files, and the node starts the same way without"
-)
-NO_DOWNLOAD = "nothing is fetched here: `tests/engine/test_download.py` and `tests/engine/test_fleet_pull.py` fetch from a hub of their own that truncates, stalls, corrupts and redirects"
+NO_DOCKER = "no container engine runs here: the steps were run by hand, as [operations](operations.md#docker) tells"
+LOCAL_HUB = "from a hub on this machine, which hung up in the middle once"
 STAND_IN = "a stand-in's weights under this name"
 
 EVENTS = (
     "sleep 0.5 && "
     + ask("demo", '{"input": "hi"}')
     + " >/dev/null & curl -sN --max-time 2 localhost:5780/api/events || true"
+)
+
+FLOOD = (
+    "for n in $(seq 16); do "
+    + ask("qwen3-4b", '{"input": "hi", "params": {"max_tokens": 900, "ignore_eos": true}}')
+    + " >/dev/null & done; wait"
+)
+HARMONY = (
+    "curl -s localhost:5780/v1/chat/completions -d "
+    """'{"model": "gpt-oss-20b", "messages": [{"role": "user", "content": "Who are you?"}], "reasoning_effort": "high"}'"""
+    " | jq -c '.choices[0].message | {content, reasoning}'; sleep 0.2; sqlite3 data/logs/gpt-oss-20b.sqlite "
+    '"SELECT substr(formatted_input, 10, 180) FROM requests ORDER BY ts DESC LIMIT 1"'
+)
+TEMPLATE = (
+    "mkdir -p data/models/own && cp data/models/gemma3-270m/model.gguf data/models/own/; "
+    """printf '{"name": "Gemma-3", "user_prefix": "<start_of_turn>user\\\\n", "user_suffix": "<end_of_turn>\\\\n", """
+    """"model_prefix": "<start_of_turn>model\\\\n", "model_suffix": ""}' > data/models/own/prompt_template.json; """
+    "printf 'MODEL_FORMAT=template\\nCTX_SIZE=512\\n' > envs/worker.own.env; infsvc start own; "
+    "infsvc chat -m own --input hello >/dev/null; sleep 0.2; "
+    'sqlite3 data/logs/own.sqlite "SELECT formatted_input FROM requests"'
+)
+TWO_NODES = (
+    "INFSVC_HOME=$PWD/beta INFSVC_NODE=beta INFSVC_GATEWAY=:0 INFSVC__DEMO__HTTP_ADDR=:0 infsvc serve --quiet demo & "
+    "until infsvc status | grep -q 'demo *beta *online'; do sleep 0.2; done; "
+    """seq 24 | xargs -P 24 -I N infsvc req inference.request.demo '{"req_id": "spread-N", "input": "hi", """
+    """"params": {"max_tokens": 400, "ignore_eos": true}}' >/dev/null; sleep 0.2; """
+    "for home in . beta; do sqlite3 $home/data/logs/demo.sqlite "
+    """"SELECT substr(worker_id, 1, 5), count(*) FROM requests WHERE req_id LIKE 'spread-%' AND status = 'ok'"; done; """
+    "kill $!; wait $! || true"
 )
 
 SECTIONS: dict[str, list[Row]] = {
@@ -81,8 +120,8 @@ SECTIONS: dict[str, list[Row]] = {
             "a status that means it: here 400"),
         Row("Time-outs", """infsvc req --timeout 0.01 inference.request.demo '{"input": "hi", "params": {"max_tokens": 400, "ignore_eos": true}}' || true"""),
         Row("Logging", "grep model.loaded data/logs/node.jsonl | head -1"),
-        Row("Layers: HTTP and NATS handlers, service, repository, SQLite", "make check",
-            "the direction of imports is one of its checks; [architecture](architecture.md)", run=False),
+        Row("Layers: HTTP and NATS handlers, service, repository, SQLite", "lint-imports",
+            "the direction of imports, a part of `make check`; [architecture](architecture.md)", pick="Contracts: .*"),
     ],
     "Models": [
         *(
@@ -96,14 +135,14 @@ SECTIONS: dict[str, list[Row]] = {
                 ("nomic-embed-v2-moe", "913 MB", "embedding", "101 languages, 768 dimensions"),
             )
         ),
-        Row("Models are downloaded on first use", "infsvc models pull qwen3-4b", NO_DOWNLOAD, run=False),
+        Row("Models are downloaded on first use", "make start WORKER=gemma3-270m", LOCAL_HUB, first=True),
     ],
     "Install and start": [
         Row("`make build-llama` finds the GPU", "make -n build-llama | grep -o 'CMAKE_ARGS=.*pip wheel'", "not compiled anew"),
         Row("`make build-all`", "make -n build-all; echo \"exit $?\"", "everything is installed here"),
         *(Row(f"`make start WORKER={name}`", f"make start WORKER={name}", STAND_IN) for name in ("gemma3-270m", "qwen3-4b", "gpt-oss-20b")),
         *(Row(f"`make {name}`", f"make {name}", STAND_IN) for name in ("gemma3-270m", "qwen3-4b", "gpt-oss-20b", "nomic-embed-v1.5", "nomic-embed-v2-moe")),
-        Row("The first run shows the download's progress", "", NO_DOWNLOAD, run=False),
+        Row("The first run shows the download's progress", "infsvc models pull qwen3-4b && infsvc start qwen3-4b", LOCAL_HUB, first=True),
         Row("Later runs start at once", "make start WORKER=demo"),
     ],
     "HTTP": [
@@ -114,7 +153,7 @@ SECTIONS: dict[str, list[Row]] = {
     ],
     "NATS": [
         Row("`nats-chat -subject … -input …`", 'infsvc chat -s inference.request.qwen3-4b --input "What is quantum computing?"', STAND_IN),
-        Row("`nats-chat -subject … -i`", "infsvc chat -s inference.request.gemma3-270m -i", "interactive: `tests/cli/test_bus_commands.py`", run=False),
+        Row("`nats-chat -subject … -i`", "printf 'hello\\nWhat is 2 + 2?\\n' | infsvc chat -s inference.request.gemma3-270m -i", STAND_IN),
         Row("`nats-chat … -max-tokens 1000 -temperature 0.1`",
             'infsvc chat -s inference.request.gpt-oss-20b --input "Explain neural networks" --max-tokens 1000 --temperature 0.1', STAND_IN),
         Row("`nats req inference.request.gemma3-270m`: the reply is the answer",
@@ -152,14 +191,15 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`make test WORKER=name`", "make test WORKER=demo"),
         Row("`make logs WORKER=name`", "timeout 2 make logs WORKER=demo || true", pick=r"(?m)^.*ok .*$"),
         Row("`make monitor-status`", "make monitor-status", pick=r"(?s)^.*?demo[^\n]*"),
-        Row("`make monitor-cli`", "make monitor-cli", "a full screen: `tests/bus/test_monitor.py`", run=False),
-        Row("`make monitor-dashboard` on 8080", "make monitor-dashboard & sleep 2; curl -s localhost:8080/ -H 'Accept: text/html' | grep -o '<title>.*</title>'; kill $!; wait || true",
+        Row("`make monitor-cli`", "(sleep 8; printf q) | script -qec 'stty cols 160 rows 20; make monitor-cli' /dev/null", "a full screen, as a terminal gets it", pick=r"demo +alpha[^\n]*ms[^\n]*"),
+        Row("`make monitor-dashboard` on 8080", "make monitor-dashboard >/dev/null & until curl -s localhost:8080/ -H 'Accept: text/html'; do sleep 0.2; done; kill $!; wait || true",
             "live in a real browser: `tests/bus/test_dashboard.py`", pick=r"<title>.*</title>"),
         Row("`make help`", "make help", pick=r"(?m)^  start .*$"),
     ],
     "Watching": [
         Row("Live updates by server-sent events", EVENTS, pick=r"(?m)^data: .*request.finished.*$"),
-        Row("Capability matrix, response times, last seen on the dashboard", "", "`tests/bus/test_dashboard.py`; the picture is in the README", run=False),
+        Row("Capability matrix, response times, last seen on the dashboard",
+            "python -m tests.browser http://localhost:5780/", "as a browser shows it; the picture is in the README", pick=r"(?s)demo\s.*?last seen.*?\n.*?\n"),
         Row("Architecture detection (gemma3, qwen3, gpt-oss, nomic-bert)", "curl -s localhost:5780/api/services/nomic-embed-v1.5",
             "of all four: `tests/engine/test_capabilities.py`", pick=r'"architecture":"[^"]*"'),
         Row("Parameter counts", "curl -s localhost:5780/api/services/demo", pick=r'"parameter_count":"[^"]*"'),
@@ -176,8 +216,10 @@ SECTIONS: dict[str, list[Row]] = {
         *(Row(f"`curl :{PORTS[name]}/healthz`", f"curl -s localhost:{PORTS[name]}/healthz", STAND_IN) for name in ("gemma3-270m", "qwen3-4b", "gpt-oss-20b")),
         Row("`nats sub \"monitoring.inference.*\"`", "infsvc sub 'monitoring.inference.*' --raw --count 1 --timeout 30"),
         Row("`nats sub \"monitoring.inference.gemma3-270m\"`", "infsvc sub monitoring.inference.gemma3-270m --raw --count 1 --timeout 30", STAND_IN),
-        Row("Reports every second under load, every 10 s idle", "", "`tests/transports/nats/test_heartbeat.py`", run=False),
-        Row("Levels healthy, warning, critical", "", "`tests/infsvc/test_types.py`, `tests/transports/nats/test_heartbeat.py`", run=False),
+        Row("Reports every second under load, every 10 s idle",
+            "infsvc sub monitoring.inference.qwen3-4b --raw --count 8 --timeout 40 | jq -c '[.timestamp[14:19], .pending_messages]' & sleep 1; " + FLOOD, STAND_IN),
+        Row("Levels healthy, warning, critical",
+            "infsvc sub monitoring.inference.qwen3-4b --raw --count 7 --timeout 40 | jq -c '[.pending_messages, .status]' & sleep 1; " + FLOOD, STAND_IN),
         Row("`nats sub \"models.*.heartbeat\"`", "infsvc sub 'models.*.heartbeat' --raw --count 1 --timeout 60", pick=r'"model_name":"[^"]*","status":"[^"]*"'),
         Row("`nats sub \"models.gemma3-270m.heartbeat\"`", "infsvc sub models.gemma3-270m.heartbeat --raw --count 1 --timeout 60", STAND_IN, pick=r'"model_name":"[^"]*","status":"[^"]*"'),
     ],
@@ -193,10 +235,9 @@ SECTIONS: dict[str, list[Row]] = {
         Row("Raw over HTTP: `ms, text, tokens_in, tokens_out`", ask("gemma3-270m", '{"input": "Hello", "params": {"max_tokens": 20}, "raw": true}'), STAND_IN),
         Row("Raw over NATS",
             """echo '{"req_id": "test-raw-123", "input": "Complete: The capital of France is", "params": {"max_tokens": 5}, "raw": true}' | infsvc req inference.request.gemma3-270m --timeout 30""", STAND_IN),
-        Row("`MODEL_FORMAT=template` and `prompt_template.json`", "",
-            "`tests/engine/test_prompt.py` renders the file's own form", run=False),
-        Row("`MODEL_FORMAT=harmony`, `HARMONY_REASONING_LEVEL`, `_EXTRACT_FINAL`, `_MODEL_IDENTITY`, `_KNOWLEDGE_CUTOFF`", "",
-            "`tests/engine/test_harmony.py` and `test_harmony_output.py` on small files of that architecture; a 20 GB model is more than this machine holds", run=False),
+        Row("`MODEL_FORMAT=template` and `prompt_template.json`", TEMPLATE, "the prompt as the model read it"),
+        Row("`MODEL_FORMAT=harmony`, `HARMONY_REASONING_LEVEL`, `_EXTRACT_FINAL`, `_MODEL_IDENTITY`, `_KNOWLEDGE_CUTOFF`", HARMONY,
+            "a tiny file of gpt-oss's architecture that says what is written for it: told apart by channel; then the prompt as it read it"),
     ],
     "Finding and choosing": [
         Row("Ask each model whether it is there",
@@ -207,7 +248,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("Balanced: `:5771`", ask("qwen3-4b", '{"input": "Explain photosynthesis", "params": {"max_tokens": 200}}'), STAND_IN),
         Row("Advanced: `:5772`", ask("gpt-oss-20b", '{"input": "Design a multi-agent system architecture", "params": {"max_tokens": 500}}'), STAND_IN),
         Row("For reasoning services: health, load, then a raw request",
-            """infsvc req models.qwen3-4b.health >/dev/null && infsvc req inference.request.gpt-oss-20b '{"req_id": "reasoning-456", "input": "<|im_start|>user\\nhello<|im_end|>\\n<|im_start|>assistant\\n", "params": {"max_tokens": 30}, "raw": true}'""", STAND_IN),
+            """infsvc req models.qwen3-4b.health >/dev/null && infsvc req inference.request.gpt-oss-20b '{"req_id": "reasoning-456", "input": "<|start|>system<|message|>You are an expert…<|end|><|start|>assistant", "params": {"max_tokens": 500}, "raw": true}'""", STAND_IN),
         Row("For agents: discover, choose by load, route",
             'python examples/agent.py --nats nats://127.0.0.1:5700 --url http://localhost:5780 "What is the weather in Oslo?"'),
     ],
@@ -216,20 +257,22 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`examples/test-inference-endpoints.sh`", "MODEL=gemma3-270m examples/inference_endpoints.sh | tail -1", STAND_IN),
         Row("`examples/test-parallel.sh`", "python examples/parallel.py --tokens 32 demo gemma3-270m | tail -5", STAND_IN),
         *(Row(f"`make test WORKER={name}`", f"make test WORKER={name}", STAND_IN) for name in ("gemma3-270m", "qwen3-4b", "gpt-oss-20b")),
-        Row("`go test ./...`", "make test", "this project's own suite", run=False),
+        Row("`go test ./...`", "PYTEST_ADDOPTS=--collect-only make test | tail -1", "collected here; `make test` runs them"),
     ],
     "Configuration": [
         *(Row(f"`{key}`", f"grep -m1 '^| {key} |' docs/configuration.md") for key in (
             "NATS_URL", "SUBJECT", "WORKER_CONCURRENCY", "HTTP_ADDR", "MODEL_NAME", "MODEL_PATH", "MODEL_THREADS", "CTX_SIZE", "DB_PATH", "MODEL_FORMAT")),
         Row("A model of one's own: env file, model file, template, `make start`",
-            "printf 'MODEL_PATH=data/models/demo/model.gguf\\nCTX_SIZE=512\\n' > envs/worker.mine.env; infsvc models list | grep mine",
-            "a running node takes it at its next start; the Models screen's form takes it at once"),
+            "printf 'MODEL_PATH=data/models/demo/model.gguf\\nCTX_SIZE=512\\n' > envs/worker.mine.env; infsvc start mine; infsvc models list | grep mine",
+            "in the running node; the Models screen's form writes such a file"),
     ],
     "Building and figures": [
         *(Row(f"`make build-llama-{kind}`", f"make -n build-llama-{kind} | grep -o 'CMAKE_ARGS=.*pip wheel'",
               "compiled here" if kind == "cpu" else NO_GPU) for kind in ("metal", "cuda", "cpu")),
-        Row("Load times, latency, memory a model, speed-up of concurrent requests", "", "measured anew: [performance](performance.md), `python -m tests.benchmarks.load`", run=False),
-        Row("JetStream queueing loses nothing", "", "nodes and broker killed under load: `tests/torture/nats.py`, `make torture`", run=False),
+        Row("Load times, latency, memory a model, speed-up of concurrent requests", "grep -m1 '^| demo |' docs/performance.md",
+            "file, load, memory at rest and its estimate; all are measured anew by `python -m tests.benchmarks.load`: [performance](performance.md#several-models-and-many-requests)"),
+        Row("JetStream queueing loses nothing", "python -m tests.torture.nats --seed 1 --requests 150 --kills 4 | tail -3",
+            "nodes and broker are killed under load; `make torture` does it 30 times"),
         Row("Models do not block each other", "python examples/parallel.py --tokens 64 demo gemma3-270m | tail -2", STAND_IN),
     ],
     "Production": [
@@ -239,7 +282,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("Health: `/healthz`", "curl -s localhost:5780/healthz | jq -c keys"),
         Row("Request tracing", "curl -s localhost:5780/v1/completions -H 'X-Trace-ID: my-trace' -d '{\"model\": \"demo\", \"input\": \"hi\"}' >/dev/null; sleep 0.2; sqlite3 data/logs/demo.sqlite \"SELECT trace_id, status FROM requests WHERE trace_id = 'my-trace'\""),
         Row("Structured logging", "head -1 data/logs/node.jsonl"),
-        Row("Scaling: more instances, more `WORKER_CONCURRENCY`, NATS spreads the requests", "", "two nodes on one queue: `tests/transports/test_durable_node.py`", run=False),
+        Row("Scaling: more instances, more `WORKER_CONCURRENCY`, NATS spreads the requests", TWO_NODES, "forty requests, two nodes, each with an audit log of its own"),
     ],
     "Subjects": [
         Row("`inference.request.<model>`", """infsvc req inference.request.demo '{"req_id": "test-123", "input": "What is machine learning?", "params": {"max_tokens": 100, "temperature": 0.7}}'"""),
@@ -247,7 +290,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("`models.<model>.heartbeat` every 30 s", "infsvc sub models.demo.heartbeat --raw --count 1 --timeout 60", pick=r'"model_name":"[^"]*","status":"[^"]*"'),
         Row("`monitoring.inference.<model>`", "infsvc sub monitoring.inference.demo --raw --count 1 --timeout 30"),
         Row("`monitoring.aggregate` (was planned)", "infsvc sub monitoring.aggregate --raw --count 1 --timeout 30"),
-        Row("`monitoring.alerts` (was planned)", "", "`tests/transports/nats/test_heartbeat.py`: a level that rises to critical, a failed model", run=False),
+        Row("`monitoring.alerts` (was planned)", "infsvc sub monitoring.alerts --raw --count 1 --timeout 30 & sleep 1; " + FLOOD, "a level that rises to critical; also a failed model, a dead letter"),
     ],
 }  # fmt: skip
 
@@ -267,6 +310,7 @@ def code(text: str) -> str:
 
 def shown(output: str, pick: str) -> str:
     """What the page shows of an output: what was asked for, on one line, not too much of it."""
+    output = re.sub(r"\x1b(\[[0-9;?>]*[A-Za-z]|\][^\a]*\a|[()][A-Z0-9])", "", output)
     if pick and (found := re.search(pick, output)):
         output = found[0]
     lines = [" ".join(line.split()) for line in output.splitlines() if line.strip()]
@@ -281,10 +325,11 @@ This project replaces a service written in Go, whose README promised much. Here 
 the command that keeps it here, and what that really answered. The page is made by `python tools/promises.py`, which
 starts a node and runs every row; outputs are shortened to a line (⏎ stands for a line's end).
 
-Where a model would have to be fetched, a stand-in has its name: the demo model's weights in place of `gemma3-270m`,
-`qwen3-4b` and `gpt-oss-20b`, random weights of the same architecture in place of the two encoders. Doors, ports,
-subjects and forms are then the real ones, and answers are those of the stand-in. `nats req` and `nats sub` of the NATS
-tool do what `infsvc req` and `infsvc sub` do.
+Where a model would have to be fetched from the net, a stand-in has its name: the demo model's weights in place of
+`gemma3-270m` and `qwen3-4b`, fetched from a hub on the same machine; a tiny file of gpt-oss's architecture that says what
+is written for it in place of `gpt-oss-20b`; random weights of the same architecture in place of the two encoders. Doors,
+ports, subjects and forms are then the real ones, and answers are those of the stand-in. `nats req` and `nats sub` of the
+NATS tool do what `infsvc req` and `infsvc sub` do.
 """
 
 
@@ -301,44 +346,78 @@ def page(outputs: dict[str, str]) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
-    import gguf  # noqa: F401  (the encoders' stand-ins need it)
+SAYS = [
+    "<|channel|>", "analysis", "<|message|>", "They ask", " who I am.", "<|end|>", "<|start|>", "assistant",
+    "<|channel|>final<|message|>", "I am", " a stand-in", ": what I say", " is", " written", " for me.", "<|return|>",
+]  # fmt: skip
+"""What gpt-oss' stand-in answers to everything."""
 
+
+def are_free(ports: Iterable[int]) -> bool:
+    """Whether nobody listens on any of them."""
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return True
+
+
+def stand_ins(place: Place) -> None:
+    """Puts the files there that are not fetched, and the settings of all stand-ins."""
     from tests.bert_files import random_bert, write_bert
-    from tests.commands import Place
+    from tests.scripted_models import write_scripted_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder), models=PORTS, keep=True)
-        demo = ROOT / "data/models/demo/model.gguf"
-        bert = random_bert(n_embd=768, n_head=12, n_ff=256, n_ctx=2048)
-        for name in list(PORTS)[1:]:
-            file = place.home / f"data/models/{name}/model.gguf"
+    bert = random_bert(n_embd=768, n_head=12, n_ff=256, n_ctx=2048)
+    for name in list(PORTS)[1:]:
+        key = f"INFSVC__{name.upper().replace('-', '_').replace('.', '_')}__"
+        place.environ[f"{key}MODEL_THREADS"] = "1"
+        file = place.home / f"data/models/{name}/model.gguf"
+        if name.startswith("nomic"):
             file.parent.mkdir(parents=True)
-            if name.startswith("nomic"):
-                write_bert(file, bert, architecture="nomic-bert-moe" if name.endswith("moe") else "nomic-bert")
-            else:
-                file.write_bytes(demo.read_bytes())
-            key = name.upper().replace("-", "_").replace(".", "_")
-            place.environ |= {f"INFSVC__{key}__MODEL_THREADS": "1"}
-            if not name.startswith("nomic"):
-                place.environ |= {f"INFSVC__{key}__CTX_SIZE": "1024", f"INFSVC__{key}__MODEL_FORMAT": "template"}
+            write_bert(file, bert, architecture="nomic-bert-moe" if name.endswith("moe") else "nomic-bert")
+        elif name == "gpt-oss-20b":
+            file.parent.mkdir(parents=True)
+            write_scripted_model(file, SAYS, after="t")
+            place.environ[f"{key}CTX_SIZE"] = "4096"
+        else:
+            place.environ[f"{key}CTX_SIZE"] = "1024"
+
+
+def main(*wanted: str) -> None:
+    """Runs all rows and writes the page; or only those whose promise holds a word that is `wanted`, and writes nothing."""
+    from tests.commands import Place
+    from tests.fake_hub import FakeHub
+
+    demo = (ROOT / "data/models/demo/model.gguf").read_bytes()
+    hub = FakeHub(demo, truncate_at=[1_500_000], anything=True)
+    with tempfile.TemporaryDirectory() as folder, hub:
+        place = Place(Path(folder), models=PORTS, keep=are_free([5700, 5780, 8080, *PORTS.values()]))
+        stand_ins(place)
+        place.environ |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         outputs: dict[str, str] = {}
         failed: list[str] = []
-        with place.node(*PORTS):
-            for title, rows in SECTIONS.items():
-                for number, row in enumerate(rows):
-                    if not row.run:
-                        continue
-                    done = place.run(row.here, timeout_s=120)
-                    outputs[f"{title}/{number}"] = (
-                        shown(done.stdout, row.pick).replace(folder, "…").replace(str(ROOT), ".")
-                    )
-                    print(f"{title} · {row.promised}: {outputs[f'{title}/{number}']}", flush=True)
-                    if done.returncode:
-                        failed.append(f"{title} · {row.promised}: exit {done.returncode}\n{done.stdout}")
-            makes = SECTIONS["Make"]
-            number = next(number for number, row in enumerate(makes) if row.here == LAST.here)
-            outputs[f"Make/{number}"] = shown(place.run(LAST.here).stdout, "")
+
+        def run(title: str, number: int, row: Row) -> None:
+            if wanted and not row.first and not any(word in row.promised for word in wanted):
+                return
+            done = place.run(row.here, timeout_s=180)
+            told = shown(place.documented(done.stdout), row.pick).replace(folder, "…").replace(str(ROOT), ".")
+            outputs[f"{title}/{number}"] = told
+            print(f"{title} · {row.promised}: {told}", flush=True)
+            if done.returncode:
+                failed.append(f"{title} · {row.promised}: exit {done.returncode}\n{done.stdout}")
+
+        rows = [(title, number, row) for title, rows in SECTIONS.items() for number, row in enumerate(rows) if row.run]
+        with place.node(*(name for name in PORTS if name not in ("gemma3-270m", "qwen3-4b"))):
+            for each in sorted(rows, key=lambda each: not each[2].first):
+                run(*each)
+            number = next(number for number, row in enumerate(SECTIONS["Make"]) if row.here == LAST.here)
+            run("Make", number, LAST)
+    if wanted and not failed:
+        return
     if failed:
         sys.exit("\n".join(["these rows failed; the page was not written:", *failed]))
     TARGET.write_text(page(outputs))
@@ -346,4 +425,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
