@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,7 @@ class FakeHub:
         statuses: answers of the next requests for content, instead of it.
         hub_status: the answer to every request for metadata, with its X-Error-Code.
         token: what the hub wants to be shown.
+        pause_s: between the pieces of a body, 64 KiB each.
         anything: whether any file of any repository is there, all with the same content.
     """
 
@@ -54,6 +56,7 @@ class FakeHub:
     redirect_to: str | None = None
     lengths: bool = True
     anything: bool = False
+    pause_s: float = 0.0
     asked: list[Asked] = field(default_factory=list)
     n_body_bytes: int = 0
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -198,3 +201,4 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             self.state.n_body_bytes += len(data[at : at + 65536])
+            time.sleep(self.state.pause_s)

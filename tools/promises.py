@@ -96,7 +96,7 @@ TWO_NODES = (
     """seq 24 | xargs -P 24 -I N infsvc req inference.request.demo '{"req_id": "spread-N", "input": "hi", """
     """"params": {"max_tokens": 400, "ignore_eos": true}}' >/dev/null; sleep 0.2; """
     "for home in . beta; do sqlite3 $home/data/logs/demo.sqlite "
-    """"SELECT substr(worker_id, 1, 5), count(*) FROM requests WHERE req_id LIKE 'spread-%' AND status = 'ok'"; done; """
+    """"SELECT rtrim(worker_id, '-0123456789'), count(*) FROM requests WHERE req_id LIKE 'spread-%' AND status = 'ok'"; done; """
     "kill $!; wait $! || true"
 )
 
@@ -282,7 +282,7 @@ SECTIONS: dict[str, list[Row]] = {
         Row("Health: `/healthz`", "curl -s localhost:5780/healthz | jq -c keys"),
         Row("Request tracing", "curl -s localhost:5780/v1/completions -H 'X-Trace-ID: my-trace' -d '{\"model\": \"demo\", \"input\": \"hi\"}' >/dev/null; sleep 0.2; sqlite3 data/logs/demo.sqlite \"SELECT trace_id, status FROM requests WHERE trace_id = 'my-trace'\""),
         Row("Structured logging", "head -1 data/logs/node.jsonl"),
-        Row("Scaling: more instances, more `WORKER_CONCURRENCY`, NATS spreads the requests", TWO_NODES, "forty requests, two nodes, each with an audit log of its own"),
+        Row("Scaling: more instances, more `WORKER_CONCURRENCY`, NATS spreads the requests", TWO_NODES, "24 requests, two nodes, each with an audit log of its own"),
     ],
     "Subjects": [
         Row("`inference.request.<model>`", """infsvc req inference.request.demo '{"req_id": "test-123", "input": "What is machine learning?", "params": {"max_tokens": 100, "temperature": 0.7}}'"""),
@@ -392,7 +392,7 @@ def main(*wanted: str) -> None:
     from tests.fake_hub import FakeHub
 
     demo = (ROOT / "data/models/demo/model.gguf").read_bytes()
-    hub = FakeHub(demo, truncate_at=[1_500_000], anything=True)
+    hub = FakeHub(demo, truncate_at=[1_500_000], anything=True, pause_s=0.02)
     with tempfile.TemporaryDirectory() as folder, hub:
         place = Place(Path(folder), models=PORTS, keep=are_free([5700, 5780, 8080, *PORTS.values()]))
         stand_ins(place)

@@ -103,6 +103,8 @@ class Node:
         self.stopping = asyncio.Event()
         self.events = EventBus(self.name)
         self._chosen = tuple(dict.fromkeys(chosen))
+        self._noted: list[EventRow] = []
+        self._n_told: dict[str, int] = {}
         self._lock = HomeLock(home)
         self._log_to_stdout = log_to_stdout
         self._audits = {name: AuditLog(home.root / worker.db_path) for name, worker in workers.items()}
@@ -216,6 +218,7 @@ class Node:
         """
         worker = self._as_written(name)
         await self._open_port(worker)
+        self._tell(worker)
         self.fleet.load(name, force=force)
         self._remember()
         return worker
@@ -236,7 +239,9 @@ class Node:
             NoSource: its worker file does not say where the file comes from.
             ConfigError: the worker file is wrong.
         """
-        return self.fleet.pull(self._as_written(name).name)
+        worker = self._as_written(name)
+        self._tell(worker)
+        return self.fleet.pull(name)
 
     async def remove_file(self, name: str) -> int:
         """Removes the file of a model that is not in memory; the bytes that were freed.
@@ -347,11 +352,18 @@ class Node:
             log.warning(f"which models run cannot be remembered: {error}", extra={"code": "node.state"})
 
     def _note(self, code: str, msg: str, **meta: str) -> None:
-        """A node-wide event: in the log, and in the file of every model that was asked for."""
+        """A node-wide event: in the log, and in the file of every model that was asked for, or will be."""
         log.info(msg, extra={"code": code, "meta": meta or None})
+        self._noted.append(EventRow(level="info", code=code, msg=msg))
         for worker in self.fleet.workers.values():
-            if worker.asked or worker.name in self._chosen:
-                worker.audit.event(EventRow(level="info", code=code, msg=msg))
+            if worker.asked or worker.name in self._chosen or worker.name in self._n_told:
+                self._tell(worker)
+
+    def _tell(self, worker: Worker) -> None:
+        """Writes the node-wide events that its file lacks: none is made for a model that nobody asks for."""
+        for row in self._noted[self._n_told.get(worker.name, 0) :]:
+            worker.audit.event(row)
+        self._n_told[worker.name] = len(self._noted)
 
 
 async def _closed(name: str, close: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -347,6 +347,7 @@ async def test_a_worker_file_is_read_when_its_model_is_loaded(home: Path, long_m
 
 async def test_a_failed_model_is_loaded_with_what_was_mended(home: Path) -> None:
     async with build(home, embedded_nats="off", memory_limit="500M") as node:
+        await node.fleet.settled("tiny")  # its header is read
         file = home / "envs/worker.tiny.env"
         text = file.read_text()
         file.write_text(text + "MODEL_PATH=data/models/nobody.gguf\n")
@@ -359,6 +360,11 @@ async def test_a_failed_model_is_loaded_with_what_was_mended(home: Path) -> None
         file.write_text(text)
         await node.load("tiny")
         assert (await node.fleet.settled("tiny")).state is ModelState.READY
+        await worker.audit.flush()
+        codes = [code for (code,) in rows(node, "SELECT code FROM events ORDER BY id")]
+    # What the node as a whole did before anybody asked for the model stands in its file too.
+    before = ["startup", "services.init", "health.started", "monitoring.started", "server.ready"]
+    assert codes == [*before, "model.loading", "model.failed", "model.loading", "model.loaded"]
 
 
 def test_wrong_choices_are_told_before_anything_starts(home: Path, long_model: Path) -> None:
