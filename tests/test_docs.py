@@ -63,7 +63,7 @@ def test_words_that_nothing_says_are_noticed() -> None:
 
 
 def test_what_goes_wrong_most_has_an_entry() -> None:
-    """Port taken, two nodes on a home, a model missing or corrupt, no colour, no broker, a full queue or disk, no key."""
+    """Port, home, missing or corrupt model, no colour, no broker, full queue, full disk, slow, no key."""
     for words in (
         "is taken by", "already runs on", "is missing", "is truncated", "no colours", "retry in", "`queue_full`",
         "are free in", "`audit_unavailable`", "## Slow", "an API key is needed", "INFSVC_API_KEYS is empty",

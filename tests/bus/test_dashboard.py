@@ -76,6 +76,9 @@ async def test_every_node_live_and_nothing_from_the_bus_is_markup(pair: Pair, tm
         await page.until("document.querySelector('#log').innerText.includes('seen-here: ')")
         await pair.beta.unload("only-v1.5")
         await page.until(f"{card('only-v1.5', 'beta')}.querySelector('.state').textContent === 'offline'")
+        # What does not run is not said to be healthy.
+        assert await page.run(f"{card('only-v1.5', 'beta')}.querySelector('.queue').hidden")
+        assert "tok/s" not in await page.run(f"{card('only-v1.5', 'beta')}.innerText")
         # A stranger on the bus says markup.
         found = pair.alpha.registry.find("tiny")
         assert found is not None

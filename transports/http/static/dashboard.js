@@ -69,6 +69,8 @@ const span = (seconds) => {
 const milliseconds = (value) => (typeof value === "number" ? `${value < 10 ? value.toFixed(2) : Math.round(value)} ms` : "–");
 const number = (value) => (typeof value === "number" ? value.toLocaleString("en") : "–");
 
+const OF_LOAD = ["slots", "tok/s", "warns from"];
+
 function facts(service) {
   const info = service.model_info || {}, queue = service.queue_metrics;
   return [
@@ -76,12 +78,14 @@ function facts(service) {
     ["parameters", info.parameter_count || "–"],
     ["quantisation", info.quantization || "–"],
     ["context", info.context_size ? `${number(info.context_size)} tokens` : "–"],
+    ["slots", number(service.worker_count)],
     ["tok/s", typeof service.tokens_per_s === "number" ? service.tokens_per_s.toFixed(1) : "–"],
     ["response time", milliseconds(service.response_time_ms)],
     ["processed", number(queue.total_processed)],
     ["last request", service.last_activity ? ago(service.last_activity) : "–"],
     ["last seen", service.local ? "this node" : ago(service.last_seen)],
     ["uptime", service.uptime ? span(service.uptime / 1e9) : "–"],
+    ["warns from", service.backpressure_status.threshold ? `${number(service.backpressure_status.threshold)} waiting` : "–"],
   ];
 }
 
@@ -127,12 +131,15 @@ function show(service) {
     if (claim) item.title = claim.evidence;
   }
   const queue = service.queue_metrics, pressure = service.backpressure_status;
+  // What does not run has no load to be healthy under.
+  const rests = (service.status === "failed" || service.status === "offline") && !queue.pending_messages;
+  part(".queue").hidden = rests;
   stated(part(".level"), LEVELS[pressure.level] || "idle");
   set(part(".level .word"), pressure.level);
   part("meter").value = pressure.utilization;
   part("meter").title = `${(pressure.utilization * 100).toFixed(1)} % of the queue`;
   set(part(".depth"), `${number(queue.pending_messages)} of ${number(queue.queue_capacity)} waiting · ${number(queue.active_processing)} active · ${(pressure.utilization * 100).toFixed(1)} %`);
-  pairs(part(".facts"), facts(service));
+  pairs(part(".facts"), facts(service).filter(([name, value]) => !rests || (value !== "–" && !OF_LOAD.includes(name))));
   pairs(part(".doors"), [["HTTP", service.endpoint || "–"], ["NATS", service.nats_topic || "–"]]);
   match(key);
 }
