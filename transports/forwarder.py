@@ -206,9 +206,9 @@ class Forwarder:
         self._absent_s: dict[tuple[str, str], float] = {}
         self.n_forwarded = 0
 
-    def services(self) -> list[ServiceDocument]:
-        """Every model of other nodes that this one can reach. One whose node was not there when it was asked is
-        `offline` until it is heard of again, whatever it said last."""
+    def services(self, model: str | None = None) -> list[ServiceDocument]:
+        """Every model of other nodes that this one can reach, or those of one name. One whose node was not there when
+        it was asked is `offline` until it is heard of again, whatever it said last."""
         if self._bus.nc is None:
             return []
         now_s = time.time()
@@ -219,6 +219,7 @@ class Forwarder:
                 else {}
             )
             for each in self._registry.roster.sightings()
+            if model in (None, each.document.model_name)
         ]
 
     def nodes(self, model: str) -> list[ServiceDocument]:
@@ -234,7 +235,7 @@ class Forwarder:
                 for each in self._open
             )
 
-        return roomiest((each for each in self.services() if each.model_name == model), n_more=n_more)
+        return roomiest(self.services(model), n_more=n_more)
 
     async def send(self, request: Outgoing, targets: Iterable[ServiceDocument]) -> Forwarded | Refusal:
         """Sends a request to the first of these nodes that takes it; returns when the answer's head is there.

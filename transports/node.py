@@ -31,6 +31,7 @@ from infsvc.worker_file import read_again, read_new, write_worker
 from storage.audit_log import AuditLog, AuditReader
 from storage.grammars import GrammarStore
 from storage.node_state import NodeState
+from transports.far_chat import FarChat
 from transports.forwarder import Forwarder
 from transports.logs import NodeLog
 from transports.metrics import Metrics
@@ -144,6 +145,7 @@ class Node:
         self.micro = MicroService(self.bus, self.fleet, self.events, node=self.name, start_time=self.start_time)
         self.registry = Registry(self.bus, self.events, node=self.name, start_time=self.start_time)
         self.forwarder = Forwarder(self.bus, self.registry)
+        self.far_chat = FarChat(self.forwarder, node=self.name)
         self._forward_door = ForwardDoor(self.bus, self._forwarded_app, node=self.name, start_time=self.start_time)
         self.metrics = Metrics(self.fleet, self.events)
         self._servers: dict[str, HttpServer] = {}

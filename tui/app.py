@@ -306,11 +306,11 @@ class InfsvcApp(App[int]):
         from tui.node_view import can_chat
 
         worker = self._node.fleet.workers.get(message.model)
-        if worker is not None and not can_chat(worker):
+        if message.host is None and worker is not None and not can_chat(worker):
             self._warn(f"{message.model} cannot chat", "It only embeds: `infsvc embed` or /v1/embeddings asks it.")
             return
         if self._chat is not None:
-            self._chat.model = message.model
+            self._chat.model, self._chat.host = message.model, message.host
         await self.action_go("chat")
 
     def _begin(self, work: object, name: str) -> None:

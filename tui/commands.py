@@ -61,6 +61,10 @@ class NodeCommands(Provider):
             if can_chat(worker):
                 chat = partial(app.post_message, ChatRequested(worker.name))
                 yield f"Chat with {worker.name}", "Go to Chat with this model", chat
+        for far in app._node.far_chat.models():
+            if far.status == "online":
+                chat = partial(app.post_message, ChatRequested(far.model_name, far.node))
+                yield f"Chat with {far.model_name} @{far.node}", "Go to Chat with this model of another node", chat
         yield "New worker", "Write a worker file for another model", partial(app.post_message, NewWorkerRequested())
         yield "Toggle theme", "Dark or light", app.action_toggle_theme
         yield "Help", "The keys of this screen", app.action_help

@@ -64,11 +64,11 @@ class NewWorkerRequested(Message):
 
 
 class ChatRequested(Message):
-    """Go to the chat with this model."""
+    """Go to the chat with this model, of this node or of `host`."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, host: str | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.host = model, host
 
 
 class RowHighlighted(Message):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from infsvc.events import EventBus
 from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
-from infsvc.types import Capability, CompletionReply, ModelState
+from infsvc.types import Capability, CompletionReply, ModelState, ServiceDocument
 
 if TYPE_CHECKING:
     from engine.capabilities import CapabilityClaim
@@ -229,6 +229,14 @@ class QueueDeskView(Protocol):
     async def purge(self, model: str, /) -> int: ...
 
 
+class FarChatView(Protocol):
+    """The models of other nodes that can be talked to."""
+
+    def models(self) -> Sequence[ServiceDocument]: ...
+    def find(self, model: str, node: str, /) -> ServiceDocument | None: ...
+    def submit(self, request: Any, node: str, /) -> GenerationView: ...
+
+
 class RegistryView(Protocol):
     """The models of other nodes."""
 
@@ -251,6 +259,8 @@ class NodeView(Protocol):
     def bus(self) -> BusView: ...
     @property
     def registry(self) -> RegistryView: ...
+    @property
+    def far_chat(self) -> FarChatView: ...
     @property
     def durable(self) -> DurableView: ...
     @property

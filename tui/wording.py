@@ -26,7 +26,7 @@ from infsvc.events import (
     RequestStarted,
     ServiceHealth,
 )
-from infsvc.types import ModelState, human_count
+from infsvc.types import ModelState, ServiceDocument, human_count
 from tui.node_view import WorkerView
 
 # C0 without tab and newline, DEL and C1: text of models, files and brokers must not steer the terminal. Bidirectional
@@ -70,6 +70,20 @@ def state_of(worker: WorkerView) -> Shown:
     if state is ModelState.DRAINING:
         return Shown("◌", "draining", "warning")
     return Shown("○", "absent" if state is ModelState.ABSENT else "on disk", "muted")
+
+
+def far_state(service: ServiceDocument) -> Shown:
+    """The same of a model of another node, as far as that tells it."""
+    if service.status == "online":
+        n_active = service.queue_metrics.active_processing
+        if n_active:
+            return Shown("●", f"busy {n_active}/{service.worker_count or '?'}", "success")
+        return Shown("●", "ready", "success")
+    if service.status == "loading":
+        percent = "" if service.progress is None else f" {min(99, int(service.progress * 100)):>2} %"
+        return Shown("◐", "loading" + percent, "warning")
+    known = {"draining": Shown("◌", "draining", "warning"), "failed": Shown("✕", "failed", "error")}
+    return known.get(service.status, Shown("○", "offline", "muted"))
 
 
 def pull_pace(worker: WorkerView) -> str:

@@ -10,7 +10,8 @@ from tui_sample import SampleChunk, SampleNode, busy_node, demo_worker, sample_a
 from infsvc.errors import ContextLengthExceeded, EngineFailed, QueueFull
 from infsvc.types import Message, ModelState
 from tui.conversation import ChatSettings, Conversation
-from tui.screens.dialogs import ModelPicker, Question
+from tui.screens.dialogs import Question
+from tui.screens.model_picker import ModelPicker
 from tui.widgets.transcript import AnswerTurn, Transcript
 
 

@@ -22,7 +22,7 @@ from infsvc.errors import NotFound, UnknownModel
 from infsvc.events import Event, EventBus, LogLine, ModelStateChanged, RequestFinished
 from infsvc.roster import Roster
 from infsvc.settings import WorkerSettings
-from infsvc.types import Capability, CompletionReply, FinishReason, ModelState, backpressure_level
+from infsvc.types import Capability, CompletionReply, FinishReason, ModelState, ServiceDocument, backpressure_level
 from tui.app import InfsvcApp
 
 NOW = datetime(2026, 3, 14, 14, 7, 31, tzinfo=UTC)
@@ -149,9 +149,16 @@ class SampleGeneration:
     """An answer that comes as the test says it; before chunk number `hold_after` it waits for `release` or `cancel`."""
 
     def __init__(
-        self, chunks: Sequence[SampleChunk], *, hold_after: int | None, finish: FinishReason, error: str | None
+        self,
+        chunks: Sequence[SampleChunk],
+        *,
+        hold_after: int | None,
+        finish: FinishReason,
+        error: str | None,
+        fault: Exception | None = None,
     ) -> None:
         self._chunks, self._hold_after, self._finish, self._error = chunks, hold_after, finish, error
+        self._fault = fault
         self._released = asyncio.Event()
         self.tokens_in, self.tokens_out = 52, 0
         self.ttft_ms: float | None = None
@@ -182,6 +189,8 @@ class SampleGeneration:
             self.ttft_ms, self.tokens_per_s = 4.0, 1980.4
             self.tokens_out += 1
             yield chunk
+        if self._fault is not None:
+            raise self._fault
         reason: FinishReason = "cancelled" if self.cancelled else self._finish
         self.reply = CompletionReply(
             req_id="0001", text="".join(chunk.text for chunk in self._chunks), tokens_in=self.tokens_in,
@@ -199,13 +208,19 @@ class SampleService:
         self.finish: FinishReason = "stop"
         self.error: str | None = None
         self.refusal: Exception | None = None
+        self.fault: Exception | None = None
         self.generations: list[SampleGeneration] = []
 
     async def submit(self, request: Any) -> SampleGeneration:
+        return self.answer(request)
+
+    def answer(self, request: Any) -> SampleGeneration:
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
-        generation = SampleGeneration(self.chunks, hold_after=self.hold_after, finish=self.finish, error=self.error)
+        generation = SampleGeneration(
+            self.chunks, hold_after=self.hold_after, finish=self.finish, error=self.error, fault=self.fault
+        )
         self.generations.append(generation)
         return generation
 
@@ -233,6 +248,25 @@ class SampleBus:
 class SampleSystem:
     ram_used_bytes: int = int(3.1 * 2**30)
     ram_total_bytes: int = int(23.4 * 2**30)
+
+
+class SampleFarChat:
+    """Other nodes' models as the roster knows them; they answer as `service` says."""
+
+    def __init__(self, registry: SampleRegistry) -> None:
+        self._registry = registry
+        self.service = SampleService()
+        self.asked: list[tuple[str, str]] = []
+
+    def models(self) -> list[ServiceDocument]:
+        return self._registry.roster.services()
+
+    def find(self, model: str, node: str) -> ServiceDocument | None:
+        return next((each for each in self.models() if (each.model_name, each.node) == (model, node)), None)
+
+    def submit(self, request: Any, node: str) -> SampleGeneration:
+        self.asked.append((request.model, node))
+        return self.service.answer(request)
 
 
 @dataclass
@@ -392,6 +426,7 @@ class SampleNode:
         self.service = SampleService()
         self.bus = SampleBus()
         self.registry = SampleRegistry()
+        self.far_chat = SampleFarChat(self.registry)
         self.gateway_url = "http://127.0.0.1:5780"
         self.calls: list[str] = []
         self.durable = SampleDurable(SampleDead(self.calls))

@@ -1,4 +1,4 @@
-"""Screen 2, Chat: a conversation with one model, through the same door as every other client.
+"""Screen 2, Chat: a conversation with one model of this node or another, through the same door as every other client.
 
 A question waits for a model that is loading; what goes wrong stands in the transcript as a sentence that says what to
 do.
@@ -17,18 +17,20 @@ from textual.content import Content
 from textual.widgets import Static
 from textual.worker import Worker as Task
 
-from infsvc.errors import ContextLengthExceeded, Draining, EngineFailed, InfsvcError, ModelNotLoaded, QueueFull
+from infsvc.errors import EngineFailed, InfsvcError, NodeLost
 from infsvc.types import ModelState
 from tui.context import Context
 from tui.conversation import ChatSettings, Conversation, Exchange
 from tui.messages import PromptSubmitted, TranscriptScrolled
-from tui.node_view import GenerationView, WorkerView, ready_first
+from tui.node_view import GenerationView, ready_first
+from tui.partner import FarModel, OwnModel, Partner
 from tui.screens.base import NodeScreen
 from tui.screens.chat_settings import ChatSettingsDialog
-from tui.screens.dialogs import ModelPicker, Question
+from tui.screens.dialogs import Question
+from tui.screens.model_picker import ModelPicker
 from tui.widgets.prompt import Prompt
 from tui.widgets.transcript import AnswerTurn, QuestionTurn, Transcript
-from tui.wording import clean, plural, state_of
+from tui.wording import plural
 
 N_EXCHANGES_LONG = 3
 _WAIT_S = 0.1
@@ -61,6 +63,8 @@ class ChatScreen(NodeScreen):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.model: str | None = None
+        self.host: str | None = None
+        """The node whose model it is; None for this one."""
         self.settings = ChatSettings()
         self.conversation = Conversation()
         self._answering: Answering | None = None
@@ -80,129 +84,124 @@ class ChatScreen(NodeScreen):
         return self.query_one(Transcript)
 
     @property
-    def worker(self) -> WorkerView | None:
-        return self.node.fleet.workers.get(self.model or "")
+    def partner(self) -> Partner | None:
+        """Who is talked to, as it is now."""
+        if self.model is not None and self.host is not None:
+            return FarModel(self.node, self.model, self.host)
+        worker = self.node.fleet.workers.get(self.model or "")
+        return OwnModel(self.node, worker) if worker is not None else None
 
     def on_screen_resume(self) -> None:
         self.prompt.focus()
 
-    def choose(self, model: str) -> None:
-        """Talks to this model from the next question on; what was said goes with it."""
-        self.model = model
+    def choose(self, model: str, host: str | None = None) -> None:
+        """Talks to this model, of this node or of `host`, from the next question on; what was said goes with it."""
+        self.model, self.host = model, host
         self.look()
 
     def look(self) -> None:
         if self.model is None and (workers := ready_first(self.node.fleet.workers.values())):
             self.model = workers[0].name
-        worker = self.worker
-        if worker is None:
+        partner = self.partner
+        if partner is None:
             self.tell("no model")
-            self.transcript.greet(Content("There is no model to talk to: add a worker file to envs/."))
+            others = " Ctrl+O chooses one of another node." if self.node.far_chat.models() else ""
+            self.transcript.greet(Content(f"There is no model to talk to: add a worker file to envs/.{others}"))
             return
-        state, settings = state_of(worker), self.settings
-        note = [(f"{clean(worker.name)} ", "$foreground bold"), (f"{state}", f"${state.tone}"), (" ▾", "$muted")]
+        state, settings = partner.shown, self.settings
+        note = [(f"{partner.name} ", "$foreground bold"), (f"{state}", f"${state.tone}"), (" ▾", "$muted")]
         if self.size.width >= 72:
             note.append((f"   t {settings.temperature:g}  max {settings.max_tokens}", "$muted"))
         self.tell(Content.assemble(*note))
-        self.prompt.placeholder = f"ask {clean(worker.name)} anything"
-        self.transcript.greet(self._greeting(worker))
-
-    def _greeting(self, worker: WorkerView) -> Content:
-        if worker.state is ModelState.READY:
-            told = f"{clean(worker.name)} is ready. Enter sends, Esc stops an answer, Ctrl+O chooses another model."
-        elif worker.state is ModelState.FAILED:
-            told = f"{clean(worker.name)} failed: {clean(worker.reason or '')}\nCtrl+O chooses another model."
-        elif worker.state is ModelState.ABSENT:
-            told = f"{clean(worker.name)} has no file on this machine. Ctrl+O chooses another model."
-        elif worker.state is ModelState.ON_DISK and not worker.asked:
-            told = f"{clean(worker.name)} is on disk: the first question loads it."
-        else:
-            told = f"{clean(worker.name)} is being made ready. Write already: what you send waits for it."
-        return Content(told)
+        self.prompt.placeholder = f"ask {partner.name} anything"
+        self.transcript.greet(Content(partner.greeting()))
 
     async def on_prompt_submitted(self, message: PromptSubmitted) -> None:
         message.stop()
-        if self.worker is None:
+        if (partner := self.partner) is None:
             self.notify("Ctrl+O chooses a model first.", severity="warning")
         elif self._answering is not None:
             self.notify("The last answer is still coming: Esc stops it.", severity="warning")
         else:
             self.prompt.clear_sent()
             await self.transcript.add(QuestionTurn(message.text))
-            await self._ask(self.conversation.ask(message.text), self.worker)
+            await self._ask(self.conversation.ask(message.text), partner)
 
     def on_transcript_scrolled(self, message: TranscriptScrolled) -> None:
         message.stop()
         self.transcript.page(message.direction)
 
-    async def _ask(self, exchange: Exchange, worker: WorkerView) -> None:
-        turn = AnswerTurn(worker.name, self.context.monotonic)
+    async def _ask(self, exchange: Exchange, partner: Partner) -> None:
+        turn = AnswerTurn(partner.name, self.context.monotonic)
         await self.transcript.add(turn)
         answering = self._answering = Answering(exchange, turn)
         answering.task = self.run_worker(
-            self._answer(answering, worker), name=f"answer-{worker.name}", group="answer", thread=False, exclusive=True,
-            exit_on_error=True,
+            self._answer(answering, partner), name=f"answer-{partner.name}", group="answer", thread=False,
+            exclusive=True, exit_on_error=True,
         )  # fmt: skip
 
-    async def _answer(self, answering: Answering, worker: WorkerView) -> None:
+    async def _answer(self, answering: Answering, partner: Partner) -> None:
         """Waits for the model, asks, and shows what comes; every end but a shutdown leaves a finished turn."""
         turn, mark, problem = answering.turn, "", ""
         try:
-            if await self._until_ready(answering, worker):
-                mark = await self._stream(answering, worker)
+            if await self._until_ready(answering, partner):
+                mark = await self._stream(answering, partner)
             else:
                 mark = "stopped"
         except InfsvcError as error:
-            problem = advice(error, worker)
+            problem = partner.advice(error)
         answering.exchange.answer = turn.text if turn.text and not problem else None
         await turn.finish(mark, problem)
         if self._answering is answering:
             self._answering = None
         self.refresh_bindings()
 
-    async def _until_ready(self, answering: Answering, worker: WorkerView) -> bool:
+    async def _until_ready(self, answering: Answering, partner: Partner) -> bool:
         """Waits until the model can answer; False when the user stops that. A model on disk is loaded."""
-        was = worker.state
-        if was is ModelState.ON_DISK and not worker.asked:
-            await self.node.load(worker.name)
-        while worker.state is not ModelState.READY:
+        was = partner.state
+        if was is ModelState.ON_DISK and not partner.asked:
+            await partner.load()
+        while (state := partner.state) is not ModelState.READY:
             if answering.stopped:
                 return False
-            if worker.state is ModelState.FAILED or worker.state is ModelState.ABSENT:
-                raise ModelNotLoaded(worker.name, worker.state.value, worker.reason)
-            if worker.state is ModelState.ON_DISK and was is not ModelState.ON_DISK:
-                raise ModelNotLoaded(worker.name, "on disk")
-            was = worker.state
-            answering.turn.wait(Content(f"waiting for {clean(worker.name)} {state_of(worker)}"))
+            if state is ModelState.FAILED or state is ModelState.ABSENT:
+                raise partner.unready()
+            if state is ModelState.ON_DISK and was is not ModelState.ON_DISK:
+                raise partner.unready()
+            was = state
+            answering.turn.wait(Content(f"waiting for {partner.name} {partner.shown}"))
             await asyncio.sleep(_WAIT_S)
         return not answering.stopped
 
-    async def _stream(self, answering: Answering, worker: WorkerView) -> str:
+    async def _stream(self, answering: Answering, partner: Partner) -> str:
         # The engine's modules are large; the first frame does not wait for them.
         from engine.service import InferenceRequest
 
         turn, settings = answering.turn, self.settings
         request = InferenceRequest(
-            model=worker.name,
+            model=partner.model,
             messages=self.conversation.messages(settings),
             params=settings.params(),
             think=settings.think or None,
             source="chat",
         )
-        async with await self.node.service.submit(request) as generation:
+        n_ctx = partner.n_ctx
+        async with await partner.submit(request) as generation:
             answering.generation = generation
-            turn.follow(generation, worker.n_ctx)
+            turn.follow(generation, n_ctx)
             if answering.stopped:
                 generation.cancel()
             async for chunk in generation:
                 turn.feed(chunk)
         reply = generation.reply
+        if reply is not None and reply.finish_reason == "cancelled" and partner.node and not answering.stopped:
+            raise NodeLost(partner.node, "broke its answer off")
         if reply is None or reply.finish_reason == "cancelled":
             return "stopped"
         if reply.finish_reason == "error":
             raise EngineFailed(reply.error or "the engine failed")
         if reply.finish_reason == "length":
-            if worker.n_ctx and generation.tokens_in + generation.tokens_out >= worker.n_ctx - 1:
+            if n_ctx and generation.tokens_in + generation.tokens_out >= n_ctx - 1:
                 return "the context is full, Ctrl+L begins a new conversation"
             return f"cut after {plural(settings.max_tokens, 'token')}, Ctrl+S allows more"
         return ""
@@ -222,11 +221,11 @@ class ChatScreen(NodeScreen):
         self.prompt.focus()
 
     def action_model(self) -> None:
-        def take(model: str | None) -> None:
-            if model is not None:
-                self.choose(model)
+        def take(partner: Partner | None) -> None:
+            if partner is not None:
+                self.choose(partner.model, partner.node)
 
-        self.app.push_screen(ModelPicker(self.node, self.model), take)
+        self.app.push_screen(ModelPicker(self.node, self.partner, blink=self.context.animate), take)
 
     def action_settings(self) -> None:
         def take(settings: ChatSettings | None) -> None:
@@ -237,7 +236,7 @@ class ChatScreen(NodeScreen):
         self.app.push_screen(ChatSettingsDialog(self.settings, blink=self.context.animate), take)
 
     async def action_again(self) -> None:
-        if self._answering is not None or not self.conversation.exchanges or self.worker is None:
+        if self._answering is not None or not self.conversation.exchanges or (partner := self.partner) is None:
             self.notify("There is no finished answer to ask for again.", severity="warning")
             return
         exchange = self.conversation.exchanges[-1]
@@ -245,7 +244,7 @@ class ChatScreen(NodeScreen):
         turns = self.query(AnswerTurn)
         if turns:
             await turns.last().remove()
-        await self._ask(exchange, self.worker)
+        await self._ask(exchange, partner)
 
     def action_copy(self) -> None:
         answers = [exchange.answer for exchange in self.conversation.exchanges if exchange.answer]
@@ -273,26 +272,3 @@ class ChatScreen(NodeScreen):
         self.conversation.forget()
         await self.transcript.forget()
         self.look()
-
-
-def advice(error: InfsvcError, worker: WorkerView) -> str:
-    """The error as a sentence for somebody who chats: what happened and which key helps."""
-    name = worker.name
-    match error:
-        case ContextLengthExceeded():
-            return (
-                f"This conversation has {error.n_prompt_tokens:,} tokens and {name} holds {error.n_ctx:,}. "
-                "Nothing was cut: Ctrl+L begins a new conversation, ↑ brings the question back."
-            )
-        case QueueFull():
-            full = f"{name} has {error.n_waiting:,} requests waiting and takes no more"
-            return f"{full}: Ctrl+R tries again, best in {error.retry_after_s} s."
-        case ModelNotLoaded():
-            told = worker.reason or f"it is {error.state.replace('_', ' ')}"
-            return f"{name} cannot answer: {told}. Ctrl+O chooses another model; on Fleet, l loads this one."
-        case Draining():
-            return f"The node is shutting down: {error}."
-        case EngineFailed():
-            return f"{name}'s engine failed: {error}. Ctrl+R tries again; the log (F5) has its last words."
-        case _:
-            return f"{error}. Ctrl+R tries again."

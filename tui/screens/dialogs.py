@@ -1,4 +1,4 @@
-"""The small boxes: a question with yes and no, the help of a screen, a model's detail, the choice of a model."""
+"""The small boxes: a question with yes and no, the help of a screen, a model's detail."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.widgets import OptionList, Static
-from textual.widgets.option_list import Option
+from textual.widgets import Static
 
 from tui.messages import ChatRequested, LoadRequested, PullRequested, UnloadRequested
-from tui.node_view import NodeView, ready_first
+from tui.node_view import NodeView
 from tui.screens.base import Dialog
 from tui.widgets.model_facts import detail
-from tui.wording import clean, hang, state_of
+from tui.wording import clean, hang
 
 
 class Question(Dialog[bool]):
@@ -124,36 +123,3 @@ class ModelDetail(Dialog[None]):
     def action_chat(self) -> None:
         self.dismiss(None)
         self.app.post_message(ChatRequested(self._model))
-
-
-class ModelPicker(Dialog[str | None]):
-    """Chooses a model to chat with; answers its name."""
-
-    HEADING = "Chat with"
-
-    def __init__(self, node: NodeView, chosen: str | None) -> None:
-        super().__init__()
-        self._node, self._chosen = node, chosen
-
-    def compose_box(self) -> ComposeResult:
-        workers = ready_first(self._node.fleet.workers.values())
-        options = []
-        for worker in workers:
-            state = state_of(worker)
-            options.append(
-                Option(
-                    Content.assemble((f"{clean(worker.name):<28} ", ""), (str(state), f"${state.tone}")), id=worker.name
-                )
-            )
-        if options:
-            picker = OptionList(*options)
-            names = [worker.name for worker in workers]
-            picker.highlighted = names.index(self._chosen) if self._chosen in names else 0
-            yield picker
-        else:
-            yield Static(Content("no model here can chat: add a worker file to envs/"))
-        yield Static(Content("enter chooses · esc closes"), classes="hint")
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        event.stop()
-        self.dismiss(event.option.id)

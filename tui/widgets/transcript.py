@@ -88,7 +88,6 @@ class AnswerTurn(Vertical):
         """The request runs: chunks are to come."""
         self._generation, self._n_ctx = generation, n_ctx
         self.wait(Content("waiting for the first token…"))
-        self._stream = Markdown.get_stream(self.query_one(Markdown))
         self._timer = self.set_interval(1 / UPDATES_PER_S, self._show, name="answer")
 
     def feed(self, chunk: ChunkView) -> None:
@@ -123,7 +122,10 @@ class AnswerTurn(Vertical):
                 self.query_one(".reasoning", Static).update(Content("".join(self._reasoning).strip()))
         if self._generation is not None and self._generation.tokens_out:
             self.query_one(".foot", Static).update(Content(figures(self._generation, self._n_ctx)))
-        if self._unshown and self._stream is not None:
+        if self._unshown:
+            if self._stream is None:
+                # Not before there is text: a stream that is stopped before its first step raises.
+                self._stream = Markdown.get_stream(self.query_one(Markdown))
             unshown, self._unshown = self._unshown, ""
             await self._stream.write(unshown)
 
