@@ -25,7 +25,7 @@ from infsvc.errors import NodeLost, RequestError
 from infsvc.roster import roomiest
 from infsvc.types import ServiceDocument
 from transports.forward_parts import ASK_S, SILENT_S, Part, pieces
-from transports.nats.bus import Bus, bounded
+from transports.nats.bus import Bus, bounded, heeding
 from transports.nats.exchange import NO_RESPONDERS
 from transports.nats.messages import encode, read_object
 from transports.nats.registry import Registry
@@ -142,7 +142,7 @@ class Forwarded:
             if self._closed:
                 raise self._lost("was told to stop")
             try:
-                message = await self._answers.next_msg(timeout=_TICK_S)
+                message = await heeding(self._answers.next_msg(timeout=_TICK_S))
             except TimeoutError:
                 if time.monotonic() - heard_s > SILENT_S:
                     raise self._lost(f"has been silent for {SILENT_S:g} s") from None

@@ -20,10 +20,12 @@ from tui_sample import (
     sample_app,
 )
 
-from infsvc.errors import ContextLengthExceeded, QueueUnavailable
+from infsvc.errors import ContextLengthExceeded, NodeLost, QueueUnavailable
 from infsvc.events import LogLine
 from infsvc.types import ModelState
+from tests.infsvc.test_roster import health
 from tui.app import InfsvcApp
+from tui.messages import PromptSubmitted
 from tui.widgets.header import StatusHeader
 
 Picture = Callable[..., bool]
@@ -178,9 +180,42 @@ def test_chat_settings(snap_compare: Picture, size: tuple[int, int]) -> None:
     assert snap_compare(sample_app(chat_node()), terminal_size=size, run_before=typing("f2", "ctrl+s", then=started))
 
 
-def test_chat_model_picker(snap_compare: Picture) -> None:
-    run = typing("f2", "ctrl+o", then=started)
-    assert snap_compare(sample_app(busy_node()), terminal_size=(80, 24), run_before=run)
+def node_among_others() -> SampleNode:
+    """Models of two other nodes beside its own: online, busy, loading, with a long name."""
+    node = busy_node()
+    hear = node.registry.roster.hear_health
+    hear(health("demo", "beta"))
+    hear(health("mixtral-8x22b-instruct-v0.3-q4-k-m-long-context", "gpu-box.example", worker_count=16))
+    hear(health("qwen3-32b", "gpu-box.example", status="loading", progress=0.42))
+    return node
+
+
+@SIZES
+def test_chat_model_picker(snap_compare: Picture, size: tuple[int, int]) -> None:
+    run = typing("f2", "ctrl+o", "down", then=started)
+    assert snap_compare(sample_app(node_among_others()), terminal_size=size, run_before=run)
+
+
+def test_chat_model_picker_filtered(snap_compare: Picture) -> None:
+    run = typing("f2", "ctrl+o", *"gpu", then=started)
+    assert snap_compare(sample_app(node_among_others()), terminal_size=(80, 24), run_before=run)
+
+
+@SIZES
+def test_chat_lost_node(snap_compare: Picture, size: tuple[int, int]) -> None:
+    node = node_among_others()
+    node.far_chat.service.chunks = [SampleChunk(text="Backpressure is how a model says")]
+    node.far_chat.service.fault = NodeLost("gpu-box.example", "went in the middle of its answer")
+    app = sample_app(node)
+
+    def ask(app: InfsvcApp) -> bool:
+        if app._chat.host is None:
+            app._chat.choose("mixtral-8x22b-instruct-v0.3-q4-k-m-long-context", "gpu-box.example")
+            app._chat.prompt.text = "Why?"
+            app._chat.prompt.post_message(PromptSubmitted("Why?"))
+        return answered(app)
+
+    assert snap_compare(app, terminal_size=size, run_before=typing("f2", then=ask))
 
 
 def pulling_node() -> SampleNode:

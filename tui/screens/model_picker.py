@@ -14,9 +14,9 @@ from infsvc.board import fit
 from tui.node_view import NodeView
 from tui.partner import Partner, partners
 from tui.screens.base import Dialog
-from tui.wording import Shown
+from tui.wording import Shown, clean
 
-_NAME_CELLS = 42
+_NAME_CELLS, _NODE_CELLS = 42, 18
 Key = tuple[str, str | None]
 
 
@@ -103,5 +103,9 @@ class ModelPicker(Dialog[Partner | None]):
 
 
 def _row(partner: Partner, state: Shown) -> Content:
-    # States stand in one column, so a long name is cut before them.
-    return Content.assemble((f"{fit(partner.name, _NAME_CELLS)} ", ""), (str(state), f"${state.tone}"))
+    """Name and state. States stand in one column; of a name too long for that its node's part stays."""
+    model, at = clean(partner.model), ""
+    if partner.node is not None:
+        at = fit(f" @{clean(partner.node)}", min(_NODE_CELLS, len(partner.node) + 2))
+    shown = fit(model, _NAME_CELLS - len(at)).rstrip() if len(model) + len(at) > _NAME_CELLS else model
+    return Content.assemble((fit(shown + at, _NAME_CELLS) + " ", ""), (str(state), f"${state.tone}"))
