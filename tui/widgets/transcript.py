@@ -139,7 +139,9 @@ class AnswerTurn(Vertical):
             await self._stream.stop()
             self._stream = None
         self.wait(Content(""))
-        told = figures(self._generation, self._n_ctx) if self._generation is not None else ""
+        generation = self._generation
+        counted = generation is not None and bool(generation.tokens_in or generation.tokens_out)
+        told = figures(generation, self._n_ctx) if generation is not None and counted else ""
         parts = [(mark, "$warning bold"), (" · " if mark and told else "", ""), (told, "")]
         if problem:
             parts += [("\n" if mark or told else "", ""), (f"✕ {clean(problem)}", "$error")]
