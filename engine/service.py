@@ -400,9 +400,10 @@ class InferenceService:
     def _check_room(worker: Worker, *, queued: bool) -> None:
         if worker.audit.unavailable is not None:
             raise AuditUnavailable(f"the audit log takes no more rows: {worker.audit.unavailable}")
+        if queued:
+            return  # its place was given to it when it was queued; who fills the line since must not take it
         capacity = worker.settings.queue_max_msgs
-        n_elsewhere = 0 if queued else worker.n_queued_durable
-        if worker.n_in_flight + n_elsewhere >= worker.n_slots + capacity:
+        if worker.n_in_flight + worker.n_queued_durable >= worker.n_slots + capacity:
             raise QueueFull(
                 model=worker.name, n_waiting=worker.n_waiting, capacity=capacity, retry_after_s=retry_after_s(worker)
             )

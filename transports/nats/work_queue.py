@@ -91,6 +91,11 @@ class Taken:
         return self.exchange.started
 
     @property
+    def running(self) -> bool:
+        """Whether it has a slot. Of an embedding nobody knows: it counts as in line until it ends."""
+        return self.exchange.generation is not None and self.exchange.generation.running
+
+    @property
     def waiting(self) -> bool:
         """Whether it counts as waiting here."""
         return not self.admitted and not self.answered
@@ -123,7 +128,7 @@ class WorkQueue:
         self._instance, self._alive, self._bury = instance, alive, bury
         self._taken: dict[int, Taken] = {}
         self._claims: dict[str, Taken] = {}
-        self.depth = Depth(worker, js, changed=self._count)
+        self.depth = Depth(worker, js, changed=self.wake)
         self._look = asyncio.Event()
         self._leaving = False
         settings = worker.settings
@@ -196,13 +201,23 @@ class WorkQueue:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _room(self) -> int:
-        """Messages that the engine has room for: its free slots, and half as many on their way, so that none idles."""
+        """Messages that may be taken now: the engine's free slots, and half as many on their way, so that none idles.
+
+        Where other doors keep the engine full there is never a free slot. Then as many as would be on their way stand
+        in line beside theirs, and the line gives each client its share. Only what waits at the broker in spite of all
+        other nodes is taken so: an idle one would have it already.
+        """
         worker = self.worker
         if self._leaving or worker.state is not ModelState.READY:
             return 0
-        n_coming = sum(not taken.admitted and not taken.waits for taken in self._taken.values())
-        n_wanted = worker.n_slots + max(1, worker.n_slots // 2)
-        return min(_MOST_AT_ONCE, n_wanted - worker.n_in_flight - n_coming)
+        held = [taken for taken in self._taken.values() if not taken.waits and not taken.answered]
+        n_coming = sum(not taken.admitted for taken in held)
+        n_ahead = max(1, worker.n_slots // 2)
+        n_free = worker.n_slots + n_ahead - worker.n_in_flight - n_coming
+        n_of_others = worker.n_in_flight - (len(held) - n_coming)
+        n_in_line = sum(not taken.running for taken in held)
+        n_fair = min(n_ahead - n_in_line, self.depth.n_pending) if n_of_others > 0 else 0
+        return min(_MOST_AT_ONCE, max(n_free, n_fair))
 
     def _take(self, message: Msg) -> None:
         metadata = message.metadata
