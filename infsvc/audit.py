@@ -64,6 +64,9 @@ class AuditSink(Protocol):
     def event(self, row: EventRow) -> None:
         """Takes an event over."""
 
+    async def written(self) -> None:
+        """Waits until every row taken so far outlives this process."""
+
     async def flush(self) -> None:
         """Waits until every row taken so far is on disk; for ever while the disk takes none."""
 

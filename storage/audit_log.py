@@ -1,18 +1,22 @@
 """The audit log: one SQLite file a model, written by one batching task, read over connections of its own.
 
-WAL and synchronous=FULL: a committed row survives kill -9 and power loss. Rows are committed in batches of at most 256,
-or what came within 20 ms. When the disk takes no more, rows are kept in memory and tried again; from `MAX_BACKLOG` on
-the model refuses new work, and from twice that the rows of refused requests are lost, and counted.
+A row gets there in two steps. *Written*, it is committed to the write-ahead log and survives the end of this process,
+kill -9 included; that takes a fraction of a millisecond. *Flushed*, the disk has it and it survives power loss: a task
+beside the writer asks the disk for that, once for all that was written meanwhile, so that nobody's commit waits for it.
+Rows are committed in batches of at most 256, or what came within 20 ms if nobody waits for one. When the disk takes no
+more, rows are kept in memory and tried again; from `MAX_BACKLOG` on the model refuses new work, and from twice that the
+rows of refused requests are lost, and counted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +67,37 @@ def _insert(table: str, row: RequestRow | EventRow) -> tuple[str, list[Any]]:
     return f"INSERT INTO {table}({names}) VALUES ({', '.join('?' * len(values))})", list(values.values())
 
 
+class _Mark:
+    """How many rows have come as far as this, and who waits until it is so many. Waiters' numbers never fall."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def until(self, n: int) -> None:
+        if self.n < n:
+            waiting = asyncio.get_running_loop().create_future()
+            self._waiting.append((n, waiting))
+            await waiting
+
+    def reach(self, n: int) -> None:
+        self.n = n
+        while self._waiting and self._waiting[0][0] <= n:
+            _, waiting = self._waiting.popleft()
+            if not waiting.done():
+                waiting.set_result(None)
+
+
 class AuditLog:
     """Writes one model's audit file. Loop thread; the file is opened at the first row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: deque[tuple[str, list[Any]]] = deque()
+        self._n_taken = 0
+        self._written, self._flushed = _Mark(), _Mark()
         self._wake = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
         self._closed = False
@@ -91,9 +117,15 @@ class AuditLog:
         """Takes an event's row over."""
         self._put(_insert("events", row))
 
+    async def written(self) -> None:
+        """Waits until every row taken so far outlives this process."""
+        if self._written.n < self._n_taken:
+            self._hurry.set()
+            await self._written.until(self._n_taken)
+
     async def flush(self) -> None:
         """Waits until every row taken so far is on disk."""
-        await self._empty.wait()
+        await self._flushed.until(self._n_taken)
 
     async def close(self, *, timeout_s: float = 3.0) -> None:
         """Writes what is left and closes the file; says how many rows a dead disk cost."""
@@ -107,7 +139,8 @@ class AuditLog:
         if self._rows or self._n_lost:
             self._say_lost(len(self._rows) + self._n_lost)
         self._rows.clear()
-        self._empty.set()
+        self._written.reach(self._n_taken)
+        self._flushed.reach(self._n_taken)
 
     def _say_lost(self, n_rows: int) -> None:
         log.error(
@@ -123,7 +156,7 @@ class AuditLog:
             self._n_lost += 1
             return
         self._rows.append(row)
-        self._empty.clear()
+        self._n_taken += 1
         self._wake.set()
         if self._task is None and not self._closing:
             self._task = asyncio.create_task(self._write(), name=f"audit-{self.path.stem}")
@@ -147,30 +180,56 @@ class AuditLog:
     async def _write_until_fault(self) -> None:
         async with _connected(self.path, isolation_level=None) as db:
             await _prepare(db)
-            while self._rows or not self._closing:
-                if not self._rows:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    if not self._closing:
-                        await asyncio.sleep(_BATCH_S)
-                    continue
-                batch = [self._rows[index] for index in range(min(_BATCH_ROWS, len(self._rows)))]
-                await db.execute("BEGIN")
+            with _opened(Path(f"{self.path}-wal")) as wal:
+                flushing = asyncio.create_task(self._keep_flushed(wal), name=f"audit-flush-{self.path.stem}")
+                # A disk that fails is the writer's fault to tell and to try again after.
+                flushing.add_done_callback(lambda _: self._wake.set())
                 try:
-                    for sql, values in batch:
-                        await self._insert(db, sql, values)
-                    await db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        await db.execute("ROLLBACK")
-                    raise
-                for _ in batch:
-                    self._rows.popleft()
-                if self._fault is not None:
-                    self._fault = None
-                    log.info(f"the audit log {self.path} is written again", extra={"code": "audit.recovered"})
-                if not self._rows:
-                    self._empty.set()
+                    await self._commit_all(db, flushing)
+                    if self._flushed.n < self._written.n and not flushing.done():
+                        await self._flushed.until(self._written.n)
+                finally:
+                    flushing.cancel()
+                    await asyncio.gather(flushing, return_exceptions=True)
+
+    async def _commit_all(self, db: aiosqlite.Connection, flushing: asyncio.Task[None]) -> None:
+        """Commits what there is until the log is closed."""
+        while self._rows or not self._closing:
+            if flushing.done():
+                flushing.result()
+            if not self._rows:
+                self._wake.clear()
+                self._hurry.clear()
+                await self._wake.wait()
+                if self._rows and not self._closing:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_BATCH_S):
+                            await self._hurry.wait()
+                continue
+            batch = [self._rows[index] for index in range(min(_BATCH_ROWS, len(self._rows)))]
+            await db.execute("BEGIN")
+            try:
+                for sql, values in batch:
+                    await self._insert(db, sql, values)
+                await db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    await db.execute("ROLLBACK")
+                raise
+            for _ in batch:
+                self._rows.popleft()
+            self._written.reach(self._written.n + len(batch))
+            if self._fault is not None:
+                self._fault = None
+                log.info(f"the audit log {self.path} is written again", extra={"code": "audit.recovered"})
+
+    async def _keep_flushed(self, wal: int) -> None:
+        """Brings to the disk what is written, again and again, until it is cancelled; raises `OSError`."""
+        while True:
+            await self._written.until(self._flushed.n + 1)
+            n = self._written.n
+            await asyncio.to_thread(_sync, wal)
+            self._flushed.reach(n)
 
     async def _insert(self, db: aiosqlite.Connection, sql: str, values: list[Any]) -> None:
         try:
@@ -198,10 +257,29 @@ async def _connected(database: Path | str, **options: Any) -> AsyncIterator[aios
         await db.close()
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The write-ahead log itself, as a file descriptor; SQLite holds no lock on it that closing this could drop."""
+    wal = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # its name must outlive a power loss, too
+        finally:
+            os.close(folder)
+        yield wal
+    finally:
+        os.close(wal)
+
+
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
 async def _prepare(db: aiosqlite.Connection) -> None:
     """Sets the journal up and brings the tables to the newest form."""
     await db.execute("PRAGMA journal_mode=WAL")
-    await db.execute("PRAGMA synchronous=FULL")
+    # FULL would have each commit wait for the disk. What must be there `_keep_flushed` sees to; order is kept by both.
+    await db.execute("PRAGMA synchronous=NORMAL")
     await db.execute("PRAGMA busy_timeout=5000")
     async with db.execute("PRAGMA user_version") as cursor:
         row = await cursor.fetchone()

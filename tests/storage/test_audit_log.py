@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
@@ -130,6 +131,64 @@ async def test_rows_are_on_disk_after_flush(log: AuditLog) -> None:
     }
     (event,) = rows(log.path, "SELECT level, code, msg, meta FROM events")
     assert event == {"level": "info", "code": "startup", "msg": "begun", "meta": '{"a": 1}'}
+
+
+async def test_what_is_written_outlives_the_process_before_the_disk_has_it(
+    log: AuditLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = threading.Event()
+    monkeypatch.setattr(audit_log, "_BATCH_S", 3600.0)
+    monkeypatch.setattr(audit_log, "_sync", lambda _: disk.wait())
+    try:
+        for n in range(3):
+            log.record(request(f"r{n}"))
+            await log.written()
+            assert len(rows(log.path)) == n + 1
+        flushed = asyncio.create_task(log.flush())
+        await log.written()
+        assert not flushed.done()
+    finally:
+        disk.set()
+    await flushed
+
+
+async def test_one_flush_is_for_all_that_was_written_meanwhile(log: AuditLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_log, "_BATCH_S", 0.0)
+    n_syncs, may_end = 0, threading.Event()
+
+    def sync(_: int) -> None:
+        nonlocal n_syncs
+        n_syncs += 1
+        may_end.wait()
+
+    monkeypatch.setattr(audit_log, "_sync", sync)
+    for n in range(20):
+        log.record(request(f"r{n}"))
+        await log.written()
+    may_end.set()
+    await log.flush()
+    assert n_syncs == 2
+
+
+async def test_a_disk_that_fails_is_a_fault_that_passes(
+    log: AuditLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(audit_log, "_RETRY_S", 0.0)
+    faults = [OSError(5, "Input/output error")]
+
+    def sync(_: int) -> None:
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(audit_log, "_sync", sync)
+    log.record(request())
+    async with asyncio.timeout(10):
+        await log.flush()
+    assert "cannot be written: [Errno 5] Input/output error" in caplog.text
+    assert len(rows(log.path)) == 1
+    log.record(request("r2"))
+    await log.flush()
+    assert log._fault is None
 
 
 async def test_the_columns_are_the_contracts_and_the_journal_is_wal(log: AuditLog) -> None:

@@ -6,7 +6,7 @@ servers, each of which may die, and every stream has three copies. What must hol
 - every durable request is answered;
 - none was executed twice, save what was running at a kill (those are counted);
 - the queue, the spool and the dead letters are empty;
-- each answer stands in an audit log, word for word.
+- each answer stands in an audit log, word for word, and so does the computing of each request.
 
 Durable requests go three ways: published to the queue until the broker has acknowledged them; published on the public
 subject, and again with the same id when a broker died around then, as nobody acknowledges that; and as requests with a
@@ -428,6 +428,8 @@ class Torture:
                 if not all(self._was_running_at_a_kill(run) for run in runs[:-1]):
                     outcome.n_twice_unexcused += 1
                     outcome.faults.append(f"{req_id} was executed twice without a kill: {runs}")
+            if not runs and req_id in self.answers:
+                outcome.faults.append(f"{req_id} was answered, and no audit log says that it was computed")
             for answer in self.answers.get(req_id, []):
                 if answer.get("text") not in texts[req_id] and "text" in answer:
                     outcome.faults.append(f"{req_id}: no audit log has the answer that was received")

@@ -107,7 +107,7 @@ async def test_what_is_put_into_the_queue_gets_in_though_the_line_is_full(node: 
         for n in range(N_CLIENTS * N_EACH):
             await client.jetstream().publish("inference.queue.tiny", body(f"q{n}"))
         assert worker.n_waiting >= worker.settings.queue_max_msgs - 2
-        for n in range(N_EARLY + 3):
+        for _ in range(N_EARLY + 3):
             answer = json.loads((await answers.next_msg(timeout=60)).data)
             assert answer.get("finish_reason") == "length", answer
             assert n_answers() - before <= AT_MOST

@@ -3,11 +3,13 @@
 What `Intake` has put in comes out here. Every node that serves the model pulls from the one consumer, only as much as
 its engine has room for, and takes each message through these steps:
 
-    read → claimed in the once-book → computed → answered → written down as done → audited → acknowledged
+    read → claimed in the once-book → computed → in the audit log → answered → written down as done → log on disk →
+    acknowledged
 
-The broker delivers a message again when its acknowledgement stays out for ACK_WAIT, so whoever works on one says so
-every third of that. A message comes back by itself after a crash, and at once after `hand_over`. What cannot be read
-and has nobody to be told, or has failed MAX_DELIVER times, becomes a dead letter.
+So what a caller has been told stands in the log, even if this process is killed right after. The broker delivers a
+message again when its acknowledgement stays out for ACK_WAIT, so whoever works on one says so every third of that. A
+message comes back by itself after a crash, and at once after `hand_over`. What cannot be read and has nobody to be
+told, or has failed MAX_DELIVER times, becomes a dead letter.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ from transports.nats.puller import Puller
 
 log = logging.getLogger("infsvc.nats")
 
+_WRITTEN_S = 2.0
+"""How long an answer waits for its audit row; a log that cannot be written must not keep it back."""
 _AUDIT_S = 30.0
 """How long an acknowledgement waits for the audit row to be on disk."""
 _N_TRIES = 3
@@ -313,6 +317,9 @@ class WorkQueue:
         self._count()
 
     async def _answer(self, taken: Taken, answer: dict[str, object]) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WRITTEN_S):
+                await self.worker.audit.written()
         await self._exchanges.answer(taken.exchange, answer, patiently=True)
         self._answered(taken)
 

@@ -26,6 +26,9 @@ from infsvc.types import (
 class FakeAudit:
     """A log whose rows are on disk as soon as they are taken."""
 
+    async def written(self) -> None:
+        pass
+
     async def flush(self) -> None:
         pass
 

@@ -24,10 +24,13 @@ class HeldAudit:
     """A log whose rows reach the disk when a test says so."""
 
     def __init__(self) -> None:
-        self.written = asyncio.Event()
+        self.on_disk = asyncio.Event()
+
+    async def written(self) -> None:
+        pass
 
     async def flush(self) -> None:
-        await self.written.wait()
+        await self.on_disk.wait()
 
 
 async def test_what_is_answered_and_not_acknowledged_yet_takes_no_place(
@@ -41,7 +44,7 @@ async def test_what_is_answered_and_not_acknowledged_yet_takes_no_place(
         info = await client.jetstream().consumer_info(STREAM, "demo_workers")
         assert info.num_ack_pending == 5
         await until(lambda: worker.n_queued_durable == 0, client)
-        worker.audit.written.set()
+        worker.audit.on_disk.set()
         await emptied(client)
 
 

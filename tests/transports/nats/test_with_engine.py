@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 
 import pytest
 from nats.aio.client import Client
@@ -87,6 +88,18 @@ async def test_the_reply_is_the_answer_and_a_row(client: Client, fleet: Fleet) -
         ("r1", "nats", "ok"),
         ("r2", "nats", "ok"),
     }
+
+
+async def test_who_has_a_durable_answer_finds_its_row(client: Client, fleet: Fleet) -> None:
+    """Read past this process, as after its kill: only what is in the file counts, and nothing is waited for."""
+    audit = fleet.get("tiny-v1.5").audit
+    assert isinstance(audit, AuditLog)
+    for n in range(20):
+        body = {"req_id": f"r{n}", "input": "hello", "params": {"max_tokens": 2, "temperature": 0, "ignore_eos": True}}
+        answer = await asked(client, SUBJECT, body)
+        with closing(sqlite3.connect(f"{audit.path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+            rows = file.execute("SELECT status, response_text FROM requests WHERE req_id=?", (f"r{n}",)).fetchall()
+        assert rows == [("ok", answer["text"])]
 
 
 async def test_a_stream_is_the_reply_in_pieces(client: Client) -> None:
