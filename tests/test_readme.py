@@ -1,5 +1,5 @@
-"""The shell blocks of the README and of the page on operations do what they say: each is marked, and what can run does,
-on a node with the demo model.
+"""The shell and Python blocks of the README and of the pages on operations, NATS and the client do what they say: each
+is marked, and what can run does, on a node with the demo model.
 
 After a block, a JSON block shows what its last line answers: the answer must have every field that is shown.
 """
@@ -7,6 +7,7 @@ After a block, a JSON block shows what its last line answers: the answer must ha
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 import tomllib
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from infsvc import Client
 from tests.commands import ROOT, Place
 
 PAGE = (ROOT / "README.md").read_text()
@@ -56,13 +58,20 @@ def blocks(page: str, name: str = "README.md") -> list[Block]:
 
 
 BLOCKS = blocks(PAGE)
-OPERATIONS = blocks((ROOT / "docs/operations.md").read_text(), "operations.md")
-SHELL = [block for block in [*BLOCKS, *OPERATIONS] if block.language in ("sh", "bash", "shell", "console")]
+PAGES = {name: blocks((ROOT / "docs" / name).read_text(), name) for name in ("operations.md", "nats.md", "client.md")}
+ALL = [*BLOCKS, *(block for each in PAGES.values() for block in each)]
+SHELL = [block for block in ALL if block.language in ("sh", "bash", "shell", "console")]
+PYTHON = [block for block in ALL if block.language == "python"]
 
 
 def _param(block: Block) -> Any:
     marks = (pytest.mark.soak, pytest.mark.timeout(1800)) if block.tag == "soak" else ()
     return pytest.param(block, id=f"{block.page}-{block.line}", marks=marks)
+
+
+def _goes_on(block: Block) -> bool:
+    """Whether a block goes on with a client that the page's first block has opened."""
+    return block.page == "client.md" and "asyncio.run(" not in block.text
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +107,7 @@ def test_a_shell_block_runs(place: Place, block: Block) -> None:
         assert_shown(block.answer, json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-@pytest.mark.parametrize("block", [_param(block) for block in BLOCKS if block.language == "python"])
+@pytest.mark.parametrize("block", [_param(block) for block in PYTHON if not _goes_on(block)])
 def test_a_python_block_runs(place: Place, block: Block) -> None:
     ast.parse(block.text)
     (place.home / "block.py").write_text(_PYTHON)
@@ -107,10 +116,36 @@ def test_a_python_block_runs(place: Place, block: Block) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_every_shell_block_is_marked() -> None:
+@pytest.fixture(scope="module")
+def said() -> dict[str, Any]:
+    """What the blocks of the client's page have named so far: a job's ticket is for a later block."""
+    return {"asyncio": asyncio, "Client": Client, "text": "What is backpressure?"}
+
+
+@pytest.mark.parametrize("block", [_param(block) for block in PYTHON if _goes_on(block)])
+@pytest.mark.parametrize("scheme", ["nats", "http"])
+async def test_a_python_block_goes_on_with_a_client(
+    place: Place, said: dict[str, Any], block: Block, scheme: str
+) -> None:
+    if scheme == "http" and "submit" in block.text + said.get("scheme", "") + block.text.replace(
+        "client.job", "submit"
+    ):
+        pytest.skip("the durable queue is NATS's alone, as the page says")
+    url = place.here({"nats": "nats://127.0.0.1:5700", "http": "http://127.0.0.1:5780"}[scheme])
+    async with Client(url, timeout_s=30) as client:
+        code = compile(block.text, f"{block.page}:{block.line}", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        waiting = eval(code, said | {"client": client}, said)
+        if waiting is not None:
+            await waiting
+
+
+def test_every_block_is_marked() -> None:
     assert len(SHELL) > 10
-    assert [(block.page, block.line, block.tag) for block in SHELL if block.tag not in TAGS] == []
+    marked = [*SHELL, *(block for block in PYTHON if block.page != "README.md")]
+    assert [(block.page, block.line, block.tag) for block in marked if block.tag not in TAGS] == []
     assert {block.tag for block in SHELL} == set(TAGS)
+    assert {block.page for block in SHELL} == {"README.md", "operations.md", "nats.md"}
+    assert sum(_goes_on(block) for block in PYTHON) >= 5
 
 
 def test_a_block_without_a_mark_would_be_noticed() -> None:

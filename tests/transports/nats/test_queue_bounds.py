@@ -6,7 +6,9 @@ import asyncio
 import time
 from typing import Any
 
+import pytest
 from nats.aio.client import Client
+from nats.js.errors import APIError
 
 from engine.service import InferenceRequest
 from infsvc.events import Alert, DeadLettersChanged, EventBus
@@ -71,6 +73,35 @@ async def test_what_is_worked_on_takes_no_place(url: str, home: Home, events: Ev
         for generation in doors.service.live.values():
             generation.let_go()
         assert {answer["text"] for answer in await asyncio.gather(*running, *waiting)} == {"done"}
+        await emptied(client)
+
+
+async def test_publishers_always_have_the_whole_queue_beside_what_is_worked_on(
+    url: str, home: Home, events: EventBus, broker: EmbeddedBroker
+) -> None:
+    worker = FakeWorker("demo", events, queue_max_msgs=6, max_ack_pending=4, worker_concurrency=4)
+    async with Doors(url, home, events, worker) as doors, client_of(url) as client:
+
+        def at_work(request: InferenceRequest) -> FakeGeneration:
+            worker.n_in_flight += 1
+            return FakeGeneration(request, ["done"], hold=True)
+
+        doors.service.script = at_work
+        js = client.jetstream()
+        async with listening(client, "inference.reply.>") as answers:
+            for n in range(4):
+                await js.publish(QUEUE, body(f"w{n}"))
+            await until(lambda: len(doors.service.live) == 4, client)
+            for n in range(6):
+                await js.publish(QUEUE, body(f"r{n}"))
+            with pytest.raises(APIError, match="maximum messages exceeded"):
+                await js.publish(QUEUE, body("late"))
+            await until(lambda: worker.n_queued_durable == 6, client)
+            doors.service.script = texts("done")
+            worker.n_in_flight = 0
+            for generation in doors.service.live.values():
+                generation.let_go()
+            assert len({(await told(answers))["req_id"] for _ in range(10)}) == 10
         await emptied(client)
 
 
