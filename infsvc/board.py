@@ -98,6 +98,15 @@ def headline(roster: Roster, now_s: float) -> str:
     return f"{n_nodes} node{'' if n_nodes == 1 else 's'}  {up}/{len(services)} up  {pace:,.0f} tok/s  queue {waiting:,}"
 
 
+def dead_line(roster: Roster) -> str:
+    """What could not be answered, and where to look; "" when there is nothing."""
+    n = roster.n_dead
+    if not n:
+        return ""
+    said = "1 request could not be answered" if n == 1 else f"{n:,} requests could not be answered"
+    return f"✕ {said}: `infsvc queue dead`, or Queue in the app"
+
+
 def layout(width: int) -> dict[str, int]:
     """Column → width of what it shows in `width` cells, in the order shown."""
     chosen: set[str] = set()

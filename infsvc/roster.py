@@ -12,6 +12,7 @@ of one node, so two nodes with one name stay two rows, and a restarted one leave
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -104,6 +105,7 @@ class Roster:
     def __init__(self, *, ignore: tuple[str, str] | None = None, clock: Callable[[], float] = time.time) -> None:
         self._ignore, self._clock = ignore, clock
         self._sightings: dict[Key, Sighting] = {}
+        self._dead: tuple[int, float] | None = None
         self.n_ignored = 0
 
     def hear_health(self, data: bytes, *, response_time_ms: float | None = None) -> Sighting | None:
@@ -147,6 +149,23 @@ class Roster:
         found = max(same, key=lambda sighting: sighting.document.start_time)
         found.report, found.report_is_newer, found.last_seen_s = report, True, self._clock()
         return found
+
+    def hear_totals(self, data: bytes) -> None:
+        """Notes a node's totals, for what it says of the whole broker."""
+        try:
+            n_dead = json.loads(data).get("dead_letters")
+        except (ValueError, AttributeError):
+            self.n_ignored += 1
+            return
+        if type(n_dead) is int and n_dead >= 0:
+            self._dead = n_dead, self._clock()
+
+    @property
+    def n_dead(self) -> int | None:
+        """Dead letters that the broker keeps, as a node last told; None when none has for long."""
+        if self._dead is None or self._clock() - self._dead[1] > SILENT_S:
+            return None
+        return self._dead[0]
 
     def sightings(self) -> list[Sighting]:
         """Every model that is not forgotten, by name and node."""

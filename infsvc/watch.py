@@ -179,6 +179,7 @@ class Watch:
 
     async def _take_report(self, message: Msg) -> None:
         if message.subject == subjects.AGGREGATE:
+            self.roster.hear_totals(message.data)
             return
         if message.subject == subjects.ALERTS:
             with suppress(ValueError):

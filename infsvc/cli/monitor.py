@@ -75,5 +75,6 @@ def _lines(onlooker: Onlooker, url: str, width: int, sort_by: str) -> list[str]:
             " ".join(board.cell(row, key, room)[0] for key, room in widths.items()).rstrip()
             for row in board.rows(onlooker.roster, now_s, sort_by=sort_by)
         ),
+        *([dead] if (dead := board.dead_line(onlooker.roster)) else []),
         "",
     ]

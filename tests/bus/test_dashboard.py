@@ -98,6 +98,27 @@ async def test_every_node_live_and_nothing_from_the_bus_is_markup(pair: Pair, tm
         assert page.complaints == []
 
 
+async def test_dead_letters_are_counted_with_where_to_look(pair: Pair, tmp_path: Path) -> None:
+    gateway = pair.alpha.gateway_url
+    async with browser(tmp_path / "profile") as page:
+        await page.open(gateway + "/")
+        await is_live(page)
+        assert await page.run("document.querySelector('#dead').hidden")
+        nc = await nats.connect(pair.url)
+        await nc.jetstream().publish("inference.queue.tiny", b"nonsense")
+        await nc.close()
+        await page.until("document.querySelector('#dead').innerText.includes('1 request could not be answered and is')")
+        assert "infsvc queue dead" in await page.run("document.querySelector('#dead').innerText")
+        assert await page.run(CONTRAST) == []
+        # Who comes later sees it too.
+        await page.open(gateway + "/?")
+        await page.until("!document.querySelector('#dead').hidden")
+        (letter,) = await pair.alpha.durable.dead.page()
+        await pair.beta.durable.dead.delete(letter.id)
+        await page.until("document.querySelector('#dead').hidden")
+        assert page.complaints == []
+
+
 @pytest.mark.parametrize("dark", [True, False], ids=["dark", "light"])
 async def test_readable_on_a_desk_and_on_a_phone(pair: Pair, tmp_path: Path, dark: bool) -> None:
     gateway = pair.alpha.gateway_url

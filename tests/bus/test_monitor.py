@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import nats
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Static
@@ -41,6 +42,8 @@ async def test_every_node_is_seen_at_every_width(pair: Pair, size: tuple[int, in
     app = MonitorApp(Onlooker(pair.url), shown_url=pair.url)
     async with app.run_test(size=size) as pilot:
         await until(pilot, lambda: len(lines_of(app)) == 3 and all("online" in line for line in lines_of(app)))
+        # The rows are there a frame before they are drawn.
+        await until(pilot, lambda: "only-v1.5" in text_of(app))
         shown = text_of(app)
         assert all(len(line) == size[0] for line in shown.splitlines())
         assert "only-v1.5" in shown
@@ -55,6 +58,23 @@ async def test_every_node_is_seen_at_every_width(pair: Pair, size: tuple[int, in
             assert "healthy" in shown
             assert "queue 0" in shown.splitlines()[0]
             assert " detail  s sort" in shown
+
+
+async def test_dead_letters_are_counted_with_where_to_look(pair: Pair) -> None:
+    app = MonitorApp(Onlooker(pair.url), shown_url=pair.url)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: len(lines_of(app)) == 3)
+        assert "could not be answered" not in text_of(app)
+        nc = await nats.connect(pair.url)
+        for data in (b"nonsense", b'{"input": "nobody"}'):
+            await nc.jetstream().publish("inference.queue.tiny", data)
+        await nc.close()
+        told = "✕ 2 requests could not be answered: `infsvc queue dead`, or Queue in the app"
+        await until(pilot, lambda: told in text_of(app))
+        for letter in await pair.beta.durable.dead.page():
+            await pair.beta.durable.dead.delete(letter.id)
+        await until(pilot, lambda: "could not be answered" not in text_of(app))
+        await pilot.press("q")
 
 
 async def test_keys_sort_filter_and_open_a_model(pair: Pair) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from infsvc import roster
+from infsvc import board, roster
 from infsvc.roster import FORGOTTEN_S, SILENT_S, Roster, iso, least_loaded, roomiest, uptime_ns
 from infsvc.types import (
     BackpressureReport,
@@ -185,3 +185,27 @@ def test_nodes_are_drawn_by_their_room_and_equal_ones_by_lot(book: Roster) -> No
     sent = {"beta": 6, "gamma": 7}
     busy = roomiest(book.services(), n_more=lambda service: sent.get(service.node, 0))
     assert [each.node for each in busy] == ["delta", "beta", "gamma"]
+
+
+def test_dead_letters_are_what_a_node_last_told() -> None:
+    clock = Clock()
+    book = Roster(clock=clock)
+    assert book.n_dead is None
+    assert board.dead_line(book) == ""
+    book.hear_totals(b'{"node": "beta", "dead_letters": 3}')
+    assert (book.n_dead, board.dead_line(book)[:33]) == (3, "✕ 3 requests could not be answere")
+    for nonsense in (
+        b"nonsense",
+        b"[]",
+        b'{"dead_letters": "many"}',
+        b'{"dead_letters": -1}',
+        b'{"dead_letters": true}',
+    ):
+        book.hear_totals(nonsense)
+    assert book.n_dead == 3
+    book.hear_totals(b'{"node": "alpha", "dead_letters": 1}')
+    assert board.dead_line(book).startswith("✕ 1 request could not")
+    clock.now_s += SILENT_S + 1
+    assert book.n_dead is None
+    book.hear_totals(b'{"dead_letters": 0}')
+    assert board.dead_line(book) == ""

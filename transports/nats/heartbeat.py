@@ -8,7 +8,7 @@ bounded outbox that one task empties, and what finds no connection is dropped, s
 | `models.<m>.health` | on request |
 | `models.<m>.heartbeat` | every 30 s, on a change of state, on a fresh connection |
 | `<MONITORING_TOPIC>.<m>` | every 1 s while work waits or runs, once when it has ended, every 10 s idle |
-| `monitoring.aggregate` | the same, for all models of the node |
+| `monitoring.aggregate` | the same, for all models of the node; at once when dead letters come or go |
 | `monitoring.alerts` | a level's rise to critical, a failed model; `durable` adds dead letters and a broker's faults |
 """
 
@@ -26,7 +26,7 @@ from nats.aio.msg import Msg
 from engine.fleet import Fleet
 from engine.worker import Worker
 from infsvc import subjects
-from infsvc.events import Alert, EventBus, ModelStateChanged, QueueReported, ServiceHealth
+from infsvc.events import Alert, DeadLettersChanged, EventBus, ModelStateChanged, QueueReported, ServiceHealth
 from infsvc.types import ModelState
 from transports.nats.bus import Bus, bounded
 from transports.nats.messages import encode
@@ -74,6 +74,7 @@ class Heartbeats:
         self._total_beat = _Beat()
         self._heartbeat_s: dict[str, float] = {}
         self._levels: dict[str, str] = {}
+        self._n_dead: int | None = None
         self._replies = ModelSubscriptions(
             bus, fleet, name="health", subject=lambda worker: subjects.health(worker.name), handler=self._reply
         )
@@ -111,7 +112,10 @@ class Heartbeats:
 
     async def _follow(self) -> None:
         async for event in self._seen:
-            if isinstance(event, ModelStateChanged) and event.model in self._fleet.workers:
+            if isinstance(event, DeadLettersChanged):
+                self._n_dead = event.n_kept
+                self._put(subjects.AGGREGATE, self._totals())
+            elif isinstance(event, ModelStateChanged) and event.model in self._fleet.workers:
                 try:
                     self._changed(self._fleet.workers[event.model], event)
                 except Exception:
@@ -140,7 +144,12 @@ class Heartbeats:
             if now_s - self._heartbeat_s.get(worker.name, float("-inf")) >= HEARTBEAT_S - _SLACK_S:
                 self._heartbeat(worker)
         if self._total_beat.due(now_s, busy=any(worker.n_waiting + worker.n_active for worker in workers)):
-            self._put(subjects.AGGREGATE, _totals(self._node, workers))
+            self._put(subjects.AGGREGATE, self._totals())
+
+    def _totals(self) -> dict[str, Any]:
+        # Not this node's alone: what the broker keeps of all models, as last counted.
+        dead = {} if self._n_dead is None else {"dead_letters": self._n_dead}
+        return _totals(self._node, self._served()) | dead
 
     def _served(self) -> list[Worker]:
         return [worker for worker in self._fleet.workers.values() if is_served(worker)]

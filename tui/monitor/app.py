@@ -87,6 +87,7 @@ class MonitorApp(App[None]):
     CSS = """
     Screen { background: $background; color: $foreground; }
     #head { height: 1; padding: 0 1; background: $panel; }
+    #dead { height: 1; padding: 0 1; color: $error; display: none; }
     #note { height: 1fr; padding: 1 2; color: $muted; }
     DataTable { height: 1fr; background: $background; scrollbar-size-horizontal: 0; }
     DataTable > .datatable--header { background: $background; color: $muted; text-style: none; }
@@ -100,6 +101,7 @@ class MonitorApp(App[None]):
         self._widths: dict[str, int] = {}
         self._written: dict[tuple[int, int], board.Cell] = {}
         self._keys: list[tuple[str, str, str]] = []
+        self._dead = ""
         self.sort_by = board.SORTS[0]
         self.register_theme(DARK)
         self.register_theme(LIGHT)
@@ -109,6 +111,7 @@ class MonitorApp(App[None]):
         yield Static(id="head")
         yield Board(cursor_type="row", cell_padding=0)
         yield Static(id="note")
+        yield Static(id="dead")
         yield Input(placeholder="filter: model, @node, state, level, capability", id="filter")
         yield KeyLine()
 
@@ -135,6 +138,10 @@ class MonitorApp(App[None]):
         self._static("#note").update(note)
         self._static("#note").display = bool(note)
         table.display = not note
+        if (dead := board.dead_line(self._onlooker.roster)) != self._dead:
+            self._dead = dead
+            self._static("#dead").update(Text(dead, no_wrap=True))
+            self._static("#dead").display = bool(dead)
         # One cell is the scrollbar's, so that it does not change the columns when it comes.
         widths = board.layout(width - 2)
         keys = [row.key for row in self._rows]

@@ -122,6 +122,14 @@ async def test_the_aggregate_is_the_sum(url: str, home: Home, events: EventBus) 
     assert (total["status"], total["queue_capacity"]) == ("warning", 4000)
 
 
+async def test_dead_letters_stand_in_the_totals_at_once(doors: Doors, client: Any) -> None:
+    totals = await client.subscribe("monitoring.aggregate")
+    await client.flush()
+    await client.jetstream().publish("inference.queue.demo", b"nonsense")
+    while (await told(totals)).get("dead_letters") != 1:
+        pass
+
+
 async def test_events_go_on_without_a_broker(url: str, home: Home, events: EventBus) -> None:
     worker = FakeWorker("demo", events)
     fleet: Any = FakeFleet(worker)

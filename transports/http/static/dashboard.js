@@ -190,6 +190,12 @@ function totals() {
   set($("empty"), all.length ? "No model matches the filter." : "No model is known here. Add a worker file under envs/ and load it.");
 }
 
+function dead(count) {
+  $("dead").hidden = !count;
+  const said = count === 1 ? "1 request could not be answered" : `${number(count)} requests could not be answered`;
+  set($("dead"), count ? `✕ ${said} and ${count === 1 ? "is" : "are"} kept as dead letters: infsvc queue dead, screen Queue in the app, or GET /api/dead` : "");
+}
+
 async function load() {
   const began = heard, body = await (await ask("/api/services")).json();
   const keys = new Set();
@@ -206,6 +212,8 @@ async function load() {
   }
   for (const service of services.values()) show(service);
   totals();
+  // A node without a broker, or one whose broker keeps nothing, has none to tell of.
+  try { dead((await (await ask("/api/dead?limit=1")).json()).total); } catch (error) { if (error instanceof NeedsKey) throw error; dead(0); }
   return heard === began;
 }
 
@@ -248,6 +256,8 @@ function take(event) {
     Object.assign(service, { tokens_per_s: report.tokens_per_s, last_seen: new Date(event.ts * 1000).toISOString() });
     show(service);
     totals();
+  } else if (event.type === "queue.dead") {
+    dead(event.n_kept);
   } else if (event.type === "model.progress" && service && event.total_bytes) {
     service.progress = event.done_bytes / event.total_bytes;
     show(service);
