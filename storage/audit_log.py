@@ -207,11 +207,15 @@ class AuditLog:
                             await self._hurry.wait()
                 continue
             batch = [self._rows[index] for index in range(min(_BATCH_ROWS, len(self._rows)))]
-            await db.execute("BEGIN")
             try:
-                for sql, values in batch:
-                    await self._insert(db, sql, values)
-                await db.execute("COMMIT")
+                if len(batch) == 1:
+                    # Committed by itself, by one way to SQLite's thread and back: somebody may wait for it.
+                    await self._insert(db, *batch[0])
+                else:
+                    await db.execute("BEGIN")
+                    for sql, values in batch:
+                        await self._insert(db, sql, values)
+                    await db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
                     await db.execute("ROLLBACK")

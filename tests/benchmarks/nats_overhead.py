@@ -1,8 +1,9 @@
 """What each way to a model costs: the engine alone, HTTP, NATS straight to the engine, NATS through the durable queue.
 
 `python -m tests.benchmarks.nats_overhead`: the demo model, one token, a node and a broker as processes of their own;
-medians in milliseconds, interleaved so that a busy machine hits all alike. Then requests/s at 16 callers, and
-publishes/s into the queue with the node gone.
+medians in milliseconds, interleaved so that a busy machine hits all alike. Then requests/s at 16 callers with the
+processor time that each process spends on a request, which is where the time goes on a machine whose cores are all
+busy; and publishes/s into the queue with the node gone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import httpx2
 import nats
+import psutil
 from nats.aio.client import Client
 
 from engine.service import InferenceRequest
@@ -47,9 +49,10 @@ async def timed(ask: Ask) -> float:
     return (time.perf_counter() - begun_s) * 1000
 
 
-async def rate(ask: Ask, n: int) -> float:
-    """Asks `n` times with 16 callers: how many a second."""
+async def rate(ask: Ask, n: int, processes: dict[str, psutil.Process]) -> tuple[float, dict[str, float]]:
+    """Asks `n` times with 16 callers: how many a second, and milliseconds of processor time a request by process."""
     left = iter(range(n))
+    before = {name: busy_s(process) for name, process in processes.items()}
 
     async def caller() -> None:
         for _ in left:
@@ -57,7 +60,14 @@ async def rate(ask: Ask, n: int) -> float:
 
     begun_s = time.perf_counter()
     await asyncio.gather(*(caller() for _ in range(N_CALLERS)))
-    return n / (time.perf_counter() - begun_s)
+    took_s = time.perf_counter() - begun_s
+    return n / took_s, {name: (busy_s(each) - before[name]) * 1000 / n for name, each in processes.items()}
+
+
+def busy_s(process: psutil.Process) -> float:
+    """Processor time of a process so far, in seconds."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def named() -> bytes:
@@ -138,8 +148,12 @@ async def measure(folder: Path, n: int) -> None:
                 p95 = statistics.quantiles(values, n=20)[-1]
                 print(f"{name:<22} median {medians[name]:6.2f} ms   p95 {p95:6.2f} ms")
             print(f"the durable queue adds {medians['NATS, durable queue'] - medians['NATS, straight']:.2f} ms")
+            pids = {"node": node.pid, "broker": broker.pid, "callers": os.getpid()}
+            processes = {name: psutil.Process(pid) for name, pid in pids.items()}
             for name in ("HTTP", "NATS, straight", "NATS, durable queue"):
-                print(f"{name:<22} {await rate(ways[name], 4 * n):7.0f} requests/s at {N_CALLERS} callers")
+                per_s, spent_ms = await rate(ways[name], 4 * n, processes)
+                told = ", ".join(f"{each} {ms:.2f}" for each, ms in spent_ms.items())
+                print(f"{name:<22} {per_s:7.0f} requests/s at {N_CALLERS} callers; processor ms a request: {told}")
         node.send_signal(signal.SIGTERM)
         await node.wait()
         print(f"{await publishes_per_s(client, 20_000):.0f} publishes/s into the queue")
