@@ -46,7 +46,10 @@ def test_an_image_is_built_from_what_is_named_and_keeps_no_more(path: Path) -> N
     for name in ("ENTRYPOINT", "CMD"):
         (words,) = re.findall(rf"^{name} (\[.*\])$", text, re.M)
         assert all(isinstance(word, str) for word in yaml.safe_load(words))
-    assert "HEALTHCHECK" in text
+    (words,) = re.findall(r"^HEALTHCHECK .*? CMD (\[.*\])$", text, re.M)
+    *_, code = yaml.safe_load(words)
+    compile(code, path.name, "exec")
+    assert {"INFSVC_TLS_CERT", "5780/healthz"} <= set(re.findall(r"INFSVC_TLS_CERT|5780/healthz", code))
     assert int(re.search(r"useradd --uid (\d+)", text)[1]) > 1000  # type: ignore[index]
 
 
