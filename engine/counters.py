@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass
 class EngineCounters:
-    """What the engine did since it was loaded. Written by its thread, read by anyone.
+    """What the engine did since it was loaded. Written by its thread, what is on disk by that of its folder of states;
+    read by anyone.
 
     Attributes:
         n_cached_tokens: prompt tokens that did not have to be read, because an earlier reading was still there.
@@ -16,6 +17,8 @@ class EngineCounters:
         n_prefix_refused: prompts whose beginning was known, and could not all be taken over for `prefix_reuse`'s sake.
         n_states_saved, n_states_restored: of the store of states.
         store_bytes: what the store holds now.
+        n_states_written, n_states_read, n_states_damaged: files of states, those damaged were removed.
+        disk_bytes: what the folder of states holds now.
         n_drafted, n_accepted: tokens that were guessed ahead and checked, and those of them that held.
         speculation: whether tokens are guessed ahead, and why not.
         prefix_reuse: what of an earlier reading this model can go on from.
@@ -34,6 +37,10 @@ class EngineCounters:
     n_states_saved: int = 0
     n_states_restored: int = 0
     store_bytes: int = 0
+    n_states_written: int = 0
+    n_states_read: int = 0
+    n_states_damaged: int = 0
+    disk_bytes: int = 0
     prefix_reuse: str = "off"
     n_drafted: int = 0
     n_accepted: int = 0

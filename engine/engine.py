@@ -29,12 +29,14 @@ from engine.counters import EngineCounters
 from engine.llama import (
     DECODE_ABORTED,
     DECODE_OK,
+    VERSION,
     Batch,
     LlamaContext,
     LlamaModel,
     SamplerChain,
     return_memory,
     supports_gpu,
+    system_info,
 )
 from engine.logprobs import step_logprobs
 from engine.penalties import Penalties
@@ -43,6 +45,8 @@ from engine.prompt_lookup import PromptLookup
 from engine.scheduler import N_BATCH, Scheduler, Share
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, SequenceState, TokenEmitted
 from engine.speculation import MAX_ROWS, SURE_STREAK, Outlook, Speculation
+from engine.state_file import model_stamp, origin_of
+from engine.state_folder import StateFolder
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
@@ -52,6 +56,10 @@ HUNG_AFTER_S = 180.0
 
 
 _PART_JOIN_S = 10.0
+_LOOK_S = 0.25
+"""How long a load waits for what lies on disk to be known, so that the first request finds it."""
+_LEAVE_S = 1.0
+"""How long an end may take to write what the next start would use: a node has 5 s to end."""
 
 
 class Part(Protocol):
@@ -75,6 +83,8 @@ class EngineOptions:
         flash_attention: whether it suits this CPU (likewise); on a GPU it always does.
         share_prefixes: whether a prompt may go on from what was read before.
         prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
+        state_folder: where states go that leave the store, and all of them at the end; None for nowhere.
+        state_folder_bytes: what they may take there.
         swa_full: whether layers with a sliding window keep every cell: more memory (`memory_fit` counts it), and any
             place to branch off at.
         draft_max: tokens of each sequence that may be guessed ahead in a step, where it pays; 0 for none.
@@ -89,6 +99,8 @@ class EngineOptions:
     flash_attention: bool = False
     share_prefixes: bool = True
     prefix_cache_bytes: int = 2**28
+    state_folder: Path | None = None
+    state_folder_bytes: int = 0
     swa_full: bool = True
     draft_max: int = 0
 
@@ -131,6 +143,10 @@ class Engine:
         self._prefixes: PrefixCache
         self._speculation: Speculation | None = None
         self._clock: Callable[[], float] = time.perf_counter
+        self._folder: StateFolder | None = None
+        self._stamp: tuple[tuple[str, int, int, int], ...] = ()
+        self._flash_attention = options.flash_attention
+        self._stalled = False
         self._may_abort = True
         self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
@@ -263,7 +279,11 @@ class Engine:
             self._died = f"the engine of {self.name} stopped: {error}"
             log.exception(self._died, extra={"code": "engine.died", "model": self.name})
         finally:
+            # Half of a batch that was aborted may be in a recurrent state, which has no way back.
+            torn = {each.slot for each in scheduler.running} if scheduler is not None and not self._may_abort else set()
             self._end_all(scheduler)
+            if self._folder is not None:
+                self._leave_states(self._folder, torn)
             if scheduler is not None:
                 self._prefixes.store.clear()
             self._snapshots.clear()
@@ -289,6 +309,9 @@ class Engine:
             return not self._closing.is_set()
 
         on_gpu = supports_gpu() and options.n_gpu_layers != 0
+        if options.state_folder is not None:
+            with suppress(OSError):  # the load will say so
+                self._stamp = model_stamp(options.path)
         model = LlamaModel(
             options.path,
             n_gpu_layers=options.n_gpu_layers if on_gpu else 0,
@@ -315,6 +338,7 @@ class Engine:
             flash_attention=on_gpu or options.flash_attention,
             swa_full=options.swa_full,
         )
+        self._flash_attention = on_gpu or options.flash_attention
         self._context = context
         # A recurrent state has no way back to before a batch that was aborted half way.
         self._may_abort = not model.has_recurrence
@@ -331,13 +355,50 @@ class Engine:
         else:
             reuse = Reuse(ReuseRule.ANYWHERE)
         self.counters.prefix_reuse = reuse.rule.value
-        return PrefixCache(
+        prefixes = PrefixCache(
             n_slots=self.options.n_slots,
             n_ctx=context.n_ctx,
             reuse=reuse,
             budget_bytes=self.options.prefix_cache_bytes,
             first_position=context.first_position,
         )
+        if reuse.rule is not ReuseRule.OFF:
+            self._open_folder(context, prefixes)
+        return prefixes
+
+    def _open_folder(self, context: LlamaContext, prefixes: PrefixCache) -> None:
+        """Has states outlive the store, where that is asked for."""
+        options = self.options
+        if options.state_folder is None or not options.state_folder_bytes or not prefixes.store.budget_bytes:
+            return
+        try:
+            origin = origin_of(
+                options.path,
+                *(VERSION, system_info(), N_BATCH, context.n_ctx, context.cache_types, self._flash_attention),
+                *(options.n_slots, options.n_gpu_layers, options.use_extra_bufts, options.swa_full),
+            )
+            changed = model_stamp(options.path) != self._stamp
+        except OSError as error:
+            log.warning(f"{options.path} cannot be told from others ({error}): prompts' states are kept in RAM only",
+                        extra={"code": "prefix.disk_failed", "model": self.name})  # fmt: skip
+            return
+        if changed:
+            log.warning(f"{options.path} was replaced while it was loaded: prompts' states are kept in RAM only",
+                        extra={"code": "prefix.disk_failed", "model": self.name})  # fmt: skip
+            return
+        folder = self._folder = StateFolder(
+            options.state_folder,
+            name=self.name,
+            origin=origin,
+            budget_bytes=options.state_folder_bytes,
+            cuttable=prefixes.reuse.rule is ReuseRule.ANYWHERE,
+            counters=self.counters,
+            on_fetched=lambda: self._inbox.put(None),
+        )
+        prefixes.files = folder.find
+        prefixes.store.on_evicted = folder.put
+        folder.start()
+        folder.looked.wait(_LOOK_S)
 
     def _step(self, context: LlamaContext, batch: Batch, scheduler: Scheduler) -> None:
         """One turn: drain the inbox, drop the cancelled, admit, decode one batch, sample, deliver."""
@@ -349,6 +410,8 @@ class Engine:
         for sequence in scheduler.cancelled():
             self._finish(context, scheduler, sequence, "cancelled")
         self._snapshots.clear()
+        if self._folder is not None:
+            self._take_fetched(self._folder, scheduler)
         while (follower := scheduler.rejoin()) is not None:
             self._take_over(context, follower)
         while (newcomer := scheduler.admit_one()) is not None:
@@ -358,6 +421,7 @@ class Engine:
         shares = scheduler.schedule()
         if shares:
             self._decode(context, batch, scheduler, self._look_ahead(shares, batch.n_max))
+        self._stalled = not shares
         self._deliver()
         self._step_began_s = None
 
@@ -366,6 +430,10 @@ class Engine:
         if scheduler.idle:
             self._running = ()
             self._take(scheduler, self._inbox.get())
+        elif self._stalled:
+            # All who run wait for files.
+            with suppress(queue.Empty):
+                self._take(scheduler, self._inbox.get(timeout=1.0))
         while True:
             try:
                 self._take(scheduler, self._inbox.get_nowait())
@@ -409,6 +477,10 @@ class Engine:
         plan, prefixes, counters = sequence.plan, self._prefixes, self.counters
         if plan is None or plan.source is Source.AWAITED:
             return
+        if plan.filed is not None:
+            if self._folder is not None:
+                self._folder.fetch(plan.filed)
+            return
         sequence.plan = None
         slot = sequence.slot
         if plan.source is not Source.HELD:
@@ -424,9 +496,15 @@ class Engine:
                 prefixes.store.touch(plan.state)
                 counters.n_states_restored += 1
             begun = time.perf_counter()
-            if blob is not None and context.restore(slot, blob):
+            if blob is not None and context.restore(slot, blob) and context.last_position(slot) == len(tokens) - 1:
                 prefixes.copied(slot, tokens)
                 prefixes.costs.moved(len(tokens), time.perf_counter() - begun)
+            elif plan.state is not None:
+                # It would fail every time.
+                context.forget(slot)
+                prefixes.store.drop(plan.state)
+                if self._folder is not None:
+                    self._folder.forget(plan.state)
         else:
             self._keep(context, slot, plan.n)
         n = min(plan.n, prefixes.n_held(slot))
@@ -446,6 +524,39 @@ class Engine:
             sequence.marks = [plan.n + plan.n_refused, *sequence.marks]
         keeps = prefixes.store.budget_bytes > 0
         sequence.marks = [mark for mark in sequence.marks if keeps and mark >= MIN_SAVED and mark > n]
+
+    def _take_fetched(self, folder: StateFolder, scheduler: Scheduler) -> None:
+        """Puts the states that have come from files into the store; who waits for them makes a new plan."""
+        for fetched in folder.fetched():
+            if fetched.state is not None:
+                n_tokens = len(fetched.state.tokens)
+                self._prefixes.costs.fetched(n_tokens, fetched.seconds)
+                cuttable = self._prefixes.reuse.rule is ReuseRule.ANYWHERE
+                self._prefixes.store.put(fetched.state, cuttable=cuttable)
+                self.counters.store_bytes = self._prefixes.store.n_bytes
+            for sequence in scheduler.running:
+                if sequence.filed is not None and sequence.filed.path == fetched.filed.path:
+                    sequence.filed = None
+        if folder.late():
+            for sequence in scheduler.running:
+                sequence.filed = None
+
+    def _leave_states(self, folder: StateFolder, torn: set[int]) -> None:
+        """Writes what the next start may go on from: what the slots hold, save for `torn`, and the store, the latest
+        first. After a fault nothing, because it may be in the states."""
+        context = self._context
+        if self._died is not None or context is None:
+            folder.close(0.0)
+            return
+        try:
+            for slot in range(self.options.n_slots):
+                if slot not in torn:
+                    self._keep(context, slot, 0)
+        except LlamaError as error:
+            log.warning(f"not all of {self.name}'s prompts are kept: {error}", extra={"code": "prefix.not_kept"})
+        for state in reversed(self._prefixes.store.states):
+            folder.put(state, last=True)
+        folder.close(_LEAVE_S)
 
     def _snapshot(self, context: LlamaContext, slot: int) -> npt.NDArray[np.uint8]:
         """A slot's state, taken once for all who copy it before the next decode."""

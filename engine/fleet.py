@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import shutil
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -178,6 +179,7 @@ class Fleet:
             raise LoadError(f"{name} is {worker.state.replace('_', ' ')}: unload it before its file is removed")
         path = self._file(worker)
         n_bytes = remove_file(self._home, worker.settings)
+        shutil.rmtree(self.state_folder(worker), ignore_errors=True)  # of no use without the file
         worker.asked, worker.info, worker.claims = False, None, ()
         worker.path = self._file(worker)
         self._rest(worker)
@@ -187,6 +189,10 @@ class Fleet:
     def _file(self, worker: Worker) -> Path:
         """Where the model's file is, or would be."""
         return self._home.find(worker.settings.model_path)
+
+    def state_folder(self, worker: Worker) -> Path:
+        """Where the states of a model's prompts lie, if they are kept on disk."""
+        return self._home.root / worker.settings.data_dir / "prefixes" / worker.name
 
     def _is_to_fetch(self, worker: Worker) -> bool:
         return bool(describe(worker.settings)) and not self._file(worker).exists()
@@ -401,6 +407,8 @@ class Fleet:
                 flash_attention=build.flash_attention,
                 share_prefixes=worker.settings.prefix_cache_mb > 0,
                 prefix_cache_bytes=cache_bytes,
+                state_folder=self.state_folder(worker),
+                state_folder_bytes=worker.settings.prefix_cache_disk_mb * 2**20,
                 draft_max=worker.settings.draft_max,
             ),
             loop,

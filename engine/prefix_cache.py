@@ -11,13 +11,17 @@ since it cannot be cut. In every case at least one token of the prompt is left t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.sequence import Sequence, SequenceState
+
+if TYPE_CHECKING:
+    from engine.state_file import FiledState
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -86,6 +90,7 @@ class Source(Enum):
     HELD = "its own slot"
     COPIED = "another slot"
     STORED = "the store"
+    FILED = "a file"
     AWAITED = "a prompt that is being read"
 
 
@@ -106,6 +111,7 @@ class Plan:
         slot: where the sequence runs.
         from_slot: whose KV is copied, for `Source.COPIED`.
         state: what is restored, for `Source.STORED`.
+        filed: what must be fetched first, for `Source.FILED`; another plan is made when it is there.
         leader: whose reading is awaited, for `Source.AWAITED`.
         n_refused: tokens beyond `n` that are known, and that the model's rule does not let be taken over.
     """
@@ -115,6 +121,7 @@ class Plan:
     source: Source = Source.NOWHERE
     from_slot: int = -1
     state: StoredState | None = None
+    filed: FiledState | None = None
     leader: Sequence | None = None
     n_refused: int = 0
 
@@ -125,6 +132,7 @@ class Costs:
     def __init__(self) -> None:
         self._read_s: float | None = None
         self._move_s: float | None = None
+        self._fetch_s: float | None = None
 
     def read(self, n_tokens: int, seconds: float) -> None:
         """Notes a batch of prompt tokens alone."""
@@ -138,6 +146,24 @@ class Costs:
             each = seconds / n_tokens
             self._move_s = each if self._move_s is None else min(each, self._move_s)
 
+    def fetched(self, n_tokens: int, seconds: float) -> None:
+        """Notes a file of `n_tokens` that was read. Not the best seen but what it is like lately, because files that
+        the system still has in memory tell nothing of the others."""
+        if n_tokens:
+            each = seconds / n_tokens
+            self._fetch_s = each if self._fetch_s is None else (self._fetch_s + each) / 2
+
+    def fetching_pays(self, n_gained: int, n_moved: int) -> bool:
+        """Whether a file of `n_moved` tokens is there sooner than `n_gained` are read."""
+        if n_gained < MIN_SHARED:
+            return False
+        if self._read_s is None or self._fetch_s is None:
+            return True
+        if n_gained * self._read_s > n_moved * (self._fetch_s + (self._move_s or 0.0)):
+            return True
+        self._fetch_s *= 0.9  # as in `pays`
+        return False
+
     def pays(self, n_gained: int, n_moved: int) -> bool:
         """Whether moving a state of `n_moved` tokens is quicker than reading `n_gained`."""
         if n_gained < MIN_SHARED:
@@ -150,10 +176,15 @@ class Costs:
 
 
 class StateStore:
-    """States by least recent use, within a budget of bytes."""
+    """States by least recent use, within a budget of bytes.
+
+    Attributes:
+        on_evicted: called with what left for lack of room.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
+        self.on_evicted: Callable[[StoredState], None] | None = None
         self.n_bytes = 0
         self.states: list[StoredState] = []  # the most recently used last
 
@@ -168,9 +199,12 @@ class StateStore:
         for other in tuple(self.states):
             n = len(other.tokens)
             if (cuttable or n == len(state.tokens)) and common_prefix(other.tokens, state.tokens) == n:
-                self._drop(other)
+                self.drop(other)
         while self.states and (self.n_bytes + state.blob.nbytes > self.budget_bytes or len(self.states) >= MAX_STATES):
-            self._drop(self.states[0])
+            evicted = self.states[0]
+            self.drop(evicted)
+            if self.on_evicted is not None:
+                self.on_evicted(evicted)
         self.states.append(state)
         self.n_bytes += state.blob.nbytes
 
@@ -185,9 +219,11 @@ class StateStore:
         self.states.clear()
         self.n_bytes = 0
 
-    def _drop(self, state: StoredState) -> None:
-        self.states.remove(state)
-        self.n_bytes -= state.blob.nbytes
+    def drop(self, state: StoredState) -> None:
+        """Gives a state up."""
+        if state in self.states:
+            self.states.remove(state)
+            self.n_bytes -= state.blob.nbytes
 
 
 class PrefixCache:
@@ -197,6 +233,9 @@ class PrefixCache:
         n_ctx: tokens that a slot can hold.
         budget_bytes: of the store.
         first_position: the first position of a slot whose cells are still there.
+
+    Attributes:
+        files: what lies on disk that may begin like a prompt.
     """
 
     def __init__(
@@ -211,6 +250,7 @@ class PrefixCache:
         self.reuse = reuse
         self.store = StateStore(budget_bytes)
         self.costs = Costs()
+        self.files: Callable[[TokenIds], Iterable[FiledState]] = lambda prompt: ()
         self._first_position = first_position
         self._tokens = np.zeros((n_slots, n_ctx), dtype=np.int32)
         self._n = [0] * n_slots
@@ -247,12 +287,13 @@ class PrefixCache:
         self._tick += 1
         self._used[slot] = self._tick
 
-    def plan(self, prompt: TokenIds, *, free: Iterable[int], earlier: Iterable[Sequence]) -> Plan:
+    def plan(self, prompt: TokenIds, *, free: Iterable[int], earlier: Iterable[Sequence], fetches: bool = True) -> Plan:
         """The quickest way to a prompt's beginning.
 
         Args:
             free: slots that the sequence may take.
             earlier: the sequences that run and were admitted before it.
+            fetches: whether it may wait for a file.
         """
         free = list(free)
         n_prompt = len(prompt)
@@ -290,6 +331,14 @@ class PrefixCache:
             n = self.reuse.usable(common, len(state.tokens), state.first, n_prompt)
             if n > best.n and self.costs.pays(n - best.n, len(state.tokens)):
                 best = Plan(spare, n, Source.STORED, state=state)
+        for filed in self.files(prompt) if fetches else ():
+            common = common_prefix(filed.tokens, prompt)
+            n_known = max(n_known, common)
+            n = self.reuse.usable(common, len(filed.tokens), filed.first, n_prompt)
+            # It passes through the store.
+            fits = filed.n_bytes <= self.store.budget_bytes
+            if fits and n > best.n and self.costs.fetching_pays(n - best.n, len(filed.tokens)):
+                best = Plan(spare, n, Source.FILED, filed=filed)
         for leader in earlier:
             if leader.state is not SequenceState.PREFILL:
                 continue
@@ -297,8 +346,9 @@ class PrefixCache:
             if n > leader.n_past and n > best.n and self.costs.pays(n - best.n, n):
                 best = Plan(spare, n, Source.AWAITED, leader=leader)
         n_refused = max(0, min(n_known, n_prompt - 1) - best.n)
-        if best.source is not Source.AWAITED and n_refused >= MIN_SHARED and self.reuse.rule is not ReuseRule.ANYWHERE:
-            return Plan(best.slot, best.n, best.source, best.from_slot, best.state, None, n_refused)
+        waits = best.source in (Source.AWAITED, Source.FILED)
+        if not waits and n_refused >= MIN_SHARED and self.reuse.rule is not ReuseRule.ANYWHERE:
+            return replace(best, n_refused=n_refused)
         return best
 
     def worth_saving(self, slot: int, n_kept: int) -> bool:

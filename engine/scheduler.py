@@ -5,7 +5,8 @@ anyone decodes (so that a long prompt does not stall the others), the whole batc
 alike; each one's prompts are read in order of admission. Where more decode than a batch holds, they take turns.
 
 A sequence whose beginning is being read by an earlier one (its leader) has a slot and waits in it: the leader's batch
-ends where the two prompts part, and the follower goes on from a copy. N prompts with one beginning read it once.
+ends where the two prompts part, and the follower goes on from a copy. N prompts with one beginning read it once. One
+whose beginning lies in a file waits in its slot likewise, until the file has come.
 """
 
 from __future__ import annotations
@@ -90,19 +91,19 @@ class Scheduler:
         return sequence
 
     def rejoin(self) -> Sequence | None:
-        """A follower whose leader has read what they share, or has left, with a new plan; None when all must wait.
+        """A follower whose leader has read what they share, or has left, or one whose file has come, with a new plan;
+        None when all must wait.
 
         The plan is to be carried out before the next is made. The first that runs has no leader, so somebody always
-        reads.
+        reads, or waits for a file.
         """
         for at, sequence in enumerate(self.running):
-            leader = sequence.leader
-            if leader is None or (
-                leader.slot >= 0 and leader.state is SequenceState.PREFILL and leader.n_past < sequence.fork
-            ):
+            if not _goes_on(sequence):
                 continue
             assert self._prefixes is not None
-            plan = self._prefixes.plan(sequence.ids, free=[sequence.slot], earlier=self.running[:at])
+            plan = self._prefixes.plan(
+                sequence.ids, free=[sequence.slot], earlier=self.running[:at], fetches=not sequence.n_fetches
+            )
             self._follow(sequence, plan)
             return sequence
         return None
@@ -112,6 +113,8 @@ class Scheduler:
         sequence.plan = plan
         sequence.leader = plan.leader
         sequence.fork = plan.n if plan.source is Source.AWAITED else 0
+        sequence.filed = plan.filed
+        sequence.n_fetches += plan.filed is not None
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and frees its slot."""
@@ -119,7 +122,7 @@ class Scheduler:
             self.running.remove(sequence)
             self._free.append(sequence.slot)
             sequence.slot = -1
-            sequence.leader = sequence.plan = None
+            sequence.leader = sequence.plan = sequence.filed = None
             self._held = False
             self.waiting.left(sequence)
         else:
@@ -157,7 +160,8 @@ class Scheduler:
         ends: list[tuple[Sequence, int]] = []
         wanted: dict[str, int] = {}
         for sequence in self.running:
-            if sequence.state is not SequenceState.PREFILL or sequence.leader is not None:
+            waits = sequence.leader is not None or sequence.filed is not None
+            if sequence.state is not SequenceState.PREFILL or waits:
                 continue
             stops = [fork for leader, fork in forks if leader is sequence] + sequence.marks
             end = min([sequence.n_prompt, *(stop for stop in stops if stop > sequence.n_past)])
@@ -171,3 +175,13 @@ class Scheduler:
                 shares.append(Share(sequence, tokens, sequence.n_past, end == sequence.n_prompt))
                 allowed[sequence.client] -= len(tokens)
         return shares
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether what a sequence has waited for is there, or will not come."""
+    leader = sequence.leader
+    if sequence.filed is not None:
+        return False
+    if leader is None:
+        return sequence.plan is not None and sequence.plan.source is Source.FILED
+    return leader.slot < 0 or leader.state is not SequenceState.PREFILL or leader.n_past >= sequence.fork

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engine.logprobs import StepLogprobs
     from engine.prefix_cache import Plan
     from engine.prompt_lookup import PromptLookup
+    from engine.state_file import FiledState
 
 _arrivals = itertools.count()
 
@@ -53,6 +54,8 @@ class Sequence:
         ids: the prompt as an array, for comparing.
         n_cached: tokens of the prompt that were taken over from an earlier reading.
         leader: a sequence that is reading what this one begins with; it is waited for until it has read `fork` tokens.
+        filed: a file that is being fetched for it, and waited for.
+        n_fetches: how often it waited for one.
         marks: positions at which a batch of this prompt must end, because the state there is kept.
         lookup: guesses what comes next, where that was asked for.
         n_drafted, n_accepted: tokens that were guessed and checked, and those of them that held.
@@ -83,6 +86,8 @@ class Sequence:
     leader: Sequence | None = None
     fork: int = 0
     plan: Plan | None = None
+    filed: FiledState | None = None
+    n_fetches: int = 0
     marks: list[int] = field(default_factory=list)
     lookup: PromptLookup | None = None
     n_drafted: int = 0

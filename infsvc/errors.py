@@ -8,6 +8,7 @@
     │   ├── Unreachable          no broker, no node, or nobody listens on the subject
     │   └── NoAnswer             nothing came within the time-out
     ├── LlamaError               a call that llama.cpp would have answered with an abort
+    ├── StateFileError           a saved state is damaged or another's; it is removed, and its prompt read anew
     ├── LoadError                a model file cannot become a running model
     │   ├── ModelFileError       missing, truncated, not a GGUF
     │   ├── MemoryFitError       would not fit into memory
@@ -111,6 +112,10 @@ class NoAnswer(ClientError):
 
 class LlamaError(InfsvcError):
     """A call that llama.cpp would have answered with an abort, or did answer with a failure."""
+
+
+class StateFileError(InfsvcError):
+    """A file of a prompt's state is cut off, damaged, or of another model, context or build."""
 
 
 class LoadError(InfsvcError):

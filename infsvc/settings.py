@@ -153,6 +153,10 @@ class WorkerSettings(BaseSettings):
     prefix_cache_mb: Annotated[int, Field(ge=0, le=2**20)] = 256
     """RAM for what prompts had in common and no slot holds any more, in MiB; never more than a quarter of what the load
     leaves free. 0 reads every prompt from its first token."""
+    prefix_cache_disk_mb: Annotated[int, Field(ge=0, le=2**24)] = 0
+    """Disk for what leaves that RAM and for all of it at an unload or an end, in MiB, so that a restarted node goes on
+    where it was; in `prefixes` below DATA_DIR. It holds the tokens of prompts, readable by the node's user only. 0 is
+    none."""
     draft_max: Annotated[int, Field(ge=0, le=15)] = 0
     """Tokens that are guessed ahead from what the text repeats and checked in one step, at most and only where it is
     faster; 15 suits extracts, rewrites and JSON. 0 never guesses. A request's `draft_max` goes before it."""
@@ -421,6 +425,8 @@ def load_worker(name: str, path: Path, node: NodeSettings, environ: Mapping[str,
         raise settings.wrong(
             "MODEL_REPO" if settings.model_repo else "MODEL_FILE", "MODEL_REPO and MODEL_FILE go together"
         )
+    if settings.prefix_cache_disk_mb and not settings.prefix_cache_mb:
+        raise settings.wrong("PREFIX_CACHE_DISK_MB", "needs RAM to pass through: set PREFIX_CACHE_MB too")
     if settings.nats_url and settings.nats_url != node.nats_url:
         raise settings.wrong(
             "NATS_URL",

@@ -90,6 +90,9 @@ class _Models(Collector):
         yield _gauge("infsvc_batch_size", "Sequences that drew a token in one decode, on average since the load", {
             each: each.counters.mean_batch_sequences for each in loaded
         })  # fmt: skip
+        yield _gauge("infsvc_prefix_disk_bytes", "States of prompts on disk", {
+            each: each.counters.disk_bytes for each in loaded
+        })  # fmt: skip
         speculation = GaugeMetricFamily(
             "infsvc_speculation", "1 for whether tokens are guessed ahead, and why not", labels=["model", "state"]
         )
@@ -101,6 +104,8 @@ class _Models(Collector):
             ("infsvc_n_decode", "Batches decoded since the load", "n_steps"),
             ("infsvc_prefill_tokens", "Prompt tokens read since the load", "n_prefill_tokens"),
             ("infsvc_prefix_cached_tokens", "Prompt tokens that were not read again since the load", "n_cached_tokens"),
+            ("infsvc_prefix_states_read", "States of prompts that were read from disk since the load", "n_states_read"),
+            ("infsvc_prefix_states_written", "States of prompts written to disk since the load", "n_states_written"),
             ("infsvc_draft_tokens", "Tokens guessed ahead and checked since the load", "n_drafted"),
             ("infsvc_draft_accepted_tokens", "Guessed tokens that held since the load", "n_accepted"),
         ):

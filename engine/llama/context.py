@@ -58,6 +58,8 @@ class LlamaContext:
         self._flag = AbortFlag()
         self._flag.watch(params)
         self._model = model
+        self.cache_types = (int(params.type_k), int(params.type_v))
+        """What keys and values are kept as, by ggml's numbers."""
         self._n_slots = n_slots
         if n_ctx < 1 or n_slots < 1 or n_batch < 1:
             raise LoadError(f"no context of {n_ctx} tokens for {n_slots} sequences: set CTX_SIZE")
@@ -141,6 +143,11 @@ class LlamaContext:
         empty."""
         self._check(slot)
         return int(lib.llama_memory_seq_pos_min(self._memory, slot))
+
+    def last_position(self, slot: int) -> int:
+        """The last position that a slot holds; −1 when it is empty."""
+        self._check(slot)
+        return int(lib.llama_memory_seq_pos_max(self._memory, slot))
 
     def state_bytes(self, slot: int) -> int:
         """How large `save` would be."""

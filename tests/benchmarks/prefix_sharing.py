@@ -1,8 +1,8 @@
 """What sharing a prompt's beginning is worth, in the engine: `python -m tests.benchmarks.prefix_sharing [--layers 8]`.
 
-Time to the first token after 512 shared tokens against a cold prompt of the same length, and 16 requests with one
-beginning of 1,000 tokens against the same work with sharing off. Random weights; medians of the rounds, the two sides
-taking turns.
+Time to the first token after 512 shared tokens against a cold prompt of the same length, the same after a restart with
+the state on disk, and 16 requests with one beginning of 1,000 tokens against the same work with sharing off. Random
+weights; medians of the rounds, the two sides taking turns.
 """
 
 from __future__ import annotations
@@ -46,9 +46,18 @@ def tokens(seed: int, n: int) -> list[int]:
     return [draw.randrange(300, N_VOCAB) for _ in range(n)]
 
 
-async def opened(model: Path, *, share: bool, n_slots: int, n_threads: int, n_ctx: int) -> Engine:
+async def opened(
+    model: Path, *, share: bool, n_slots: int, n_threads: int, n_ctx: int, folder: Path | None = None
+) -> Engine:
     options = EngineOptions(
-        path=model, n_ctx=n_ctx, n_slots=n_slots, n_threads=n_threads, share_prefixes=share, prefix_cache_bytes=2**28
+        path=model,
+        n_ctx=n_ctx,
+        n_slots=n_slots,
+        n_threads=n_threads,
+        share_prefixes=share,
+        prefix_cache_bytes=2**28,
+        state_folder=folder,
+        state_folder_bytes=2**30,
     )
     engine = Engine("bench", options, asyncio.get_running_loop())
     engine.start()
@@ -108,6 +117,40 @@ async def first_token(model: Path, rounds: int, n_threads: int) -> None:
     await closed(engine)
 
 
+def dropped(path: Path) -> None:
+    """Has the system forget what it has of a file in memory, so that it is read from the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def restarted(model: Path, rounds: int, n_threads: int) -> None:
+    """A prompt of 512 + 16 tokens whose beginning an engine before this one has left in a file."""
+    cold, cached, uncached, n_bytes = [], [], [], 0
+    for at in range(rounds):
+        system = tokens(at, 512)
+        for drop, times in ((False, cached), (True, uncached)):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                given = {"share": True, "n_slots": 4, "n_threads": n_threads, "n_ctx": 2048, "folder": folder}
+                engine = await opened(model, **given)  # type: ignore[arg-type]
+                cold += (await ask(engine, [[*system, *tokens(1000 + at, 16)]], 1))[1]
+                await closed(engine)
+                (path,) = folder.iterdir()
+                n_bytes = path.stat().st_size
+                if drop:
+                    dropped(path)
+                engine = await opened(model, **given)  # type: ignore[arg-type]
+                times += (await ask(engine, [[*system, *tokens(2000 + at, 16)]], 1))[1]
+                assert engine.counters.n_states_read == 1
+                await closed(engine)
+    base = statistics.median(cold)
+    print(f"after a restart, a state of {n_bytes / 2**20:.0f} MiB on disk, 512 + 16 tokens; cold {base * 1000:.1f} ms")
+    for name, values in (("file in the page cache", cached), ("file on the disk", uncached)):
+        middle = statistics.median(values)
+        print(f"  {name:<38}{middle * 1000:8.1f} ms   {middle / base:.3f} of cold")
+
+
 async def together(model: Path, rounds: int, n_threads: int, n_slots: int) -> None:
     ratios: list[float] = []
     for at in range(rounds):
@@ -146,6 +189,7 @@ def main() -> None:
             n_ctx=4096,
         )
         asyncio.run(first_token(model, given.rounds, given.threads))
+        asyncio.run(restarted(model, given.rounds, given.threads))
         for n_slots in (16, 4):
             asyncio.run(together(model, given.rounds, given.threads, n_slots))
 

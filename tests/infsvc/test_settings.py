@@ -74,6 +74,7 @@ def test_an_empty_file_has_the_documented_defaults(write: Write) -> None:
         "gpu_layers": "auto",
         "pooling": "auto",
         "prefix_cache_mb": 256,
+        "prefix_cache_disk_mb": 0,
         "draft_max": 0,
         "queue_max_msgs": 2000,
         "queue_max_age": 86400.0,
@@ -150,6 +151,13 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
         ("CTX_SIZE=99999999\n", 1, "CTX_SIZE", "Input should be less than or equal to 16777216"),
         ("WORKER_CONCURRENCY=0\n", 1, "WORKER_CONCURRENCY", "Input should be greater than or equal to 1"),
         ("PREFIX_CACHE_MB=-1\n", 1, "PREFIX_CACHE_MB", "Input should be greater than or equal to 0"),
+        ("PREFIX_CACHE_DISK_MB=-1\n", 1, "PREFIX_CACHE_DISK_MB", "Input should be greater than or equal to 0"),
+        (
+            "PREFIX_CACHE_DISK_MB=64\nPREFIX_CACHE_MB=0\n",
+            1,
+            "PREFIX_CACHE_DISK_MB",
+            "needs RAM to pass through: set PREFIX_CACHE_MB too",
+        ),
         ("DRAFT_MAX=16\n", 1, "DRAFT_MAX", "Input should be less than or equal to 15"),
         ("WORKER_CONCURRENCY=65\n", 1, "WORKER_CONCURRENCY", "Input should be less than or equal to 64"),
         (
