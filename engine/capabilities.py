@@ -30,11 +30,15 @@ class CapabilityClaim:
 _POOLED = ("mean", "cls", "last")
 
 
+def _pooling(info: ModelInfo, asked: str) -> str:
+    return asked if asked != "auto" else info.pooling or "mean"
+
+
 def pooling_of(info: ModelInfo, asked: str = "auto") -> str | None:
-    """How hidden states become one vector: as POOLING says, else as the file says, else their mean; None for a type
-    that yields no vector (rank, and those unknown)."""
-    pooling = asked if asked != "auto" else info.pooling or "mean"
-    return pooling if pooling in _POOLED else None
+    """How hidden states become one vector, or a score (rank): as POOLING says, else as the file says, else their mean;
+    None for a type that yields neither, as rank without a classification head."""
+    pooling = _pooling(info, asked)
+    return pooling if pooling in _POOLED or (pooling == "rank" and info.n_scores) else None
 
 
 def detect(
@@ -62,6 +66,7 @@ def detect(
         Capability.REASONING: _reasoning(info, generates, harmony, extract_final, override),
         Capability.TOOL_CALLING: _tools(info, generates, harmony, override),
         Capability.GRAMMAR_CONSTRAINED: _grammar(info, generates),
+        Capability.RERANKING: _reranking(info, pooling),
     }
     return tuple(CapabilityClaim(capability, *claims[capability]) for capability in Capability)
 
@@ -75,14 +80,27 @@ def _text(info: ModelInfo, generates: bool, embeds_only: bool) -> tuple[bool, st
 
 
 def _embeddings(info: ModelInfo, asked: str) -> tuple[bool, str]:
+    if _pooling(info, asked) == "rank":
+        told = "pooling type rank" if asked == "auto" else "POOLING=rank in the worker file"
+        but = "" if info.n_scores else "; and the file has no classification head to compute it"
+        return False, f"{told} (a reranker: it answers with a score, at /v1/rerank){but}"
     if asked != "auto":
         return True, f"POOLING={asked} in the worker file"
     if info.pooling is None:
         return True, "no pooling type: mean of hidden states"
     if pooling_of(info) is None:
-        kind = "rank (a reranker: it answers with a score)" if info.pooling == "rank" else info.pooling
-        return False, f"pooling type {kind}; not served by this version"
+        return False, f"pooling type {info.pooling}; not served by this version"
     return True, f"pooling type {info.pooling}"
+
+
+def _reranking(info: ModelInfo, asked: str) -> tuple[bool, str]:
+    if _pooling(info, asked) != "rank":
+        told = f"pooling type {info.pooling}" if info.pooling else "no pooling type"
+        return False, f"{told if asked == 'auto' else f'POOLING={asked} in the worker file'}; a reranker's is rank"
+    if not info.n_scores:
+        return False, "pooling type rank, and no classification head in the file"
+    outputs = f"{info.n_scores} output{'s' if info.n_scores > 1 else ''}"
+    return True, f"pooling type rank, and a classification head of {outputs}"
 
 
 def _reasoning(

@@ -36,7 +36,7 @@ class EmbedderOptions:
 
     Attributes:
         n_ctx: tokens of the longest text; 0 for what the model was trained on, which is also the most.
-        pooling: mean, cls or last.
+        pooling: mean, cls or last; rank for a reranker, whose texts have scores in place of vectors.
         causal: what the header says of the attention.
         n_threads: of llama.cpp; 0 for one a core.
         n_gpu_layers: −1 for all that a GPU build can take.
@@ -83,6 +83,7 @@ class Embedder:
         self.n_embd = 0
         self._loop = loop
         self._model, self._owns_model = model, model is None
+        self._scores = options.pooling == "rank"
         self._on_progress, self._on_died = on_progress, on_died
         self._inbox: queue.SimpleQueue[EmbeddingJob | None] = queue.SimpleQueue()
         self._closing = threading.Event()
@@ -267,11 +268,12 @@ class Embedder:
         for (job, index), vector, norm in zip(pack, vectors, norms, strict=True):
             if job.cancelled or job not in self._jobs:
                 continue  # the next step tells the former
-            if not np.isfinite(norm) or norm == 0:
+            # A score may well be 0, and is told as it is.
+            if not np.isfinite(norm) or (norm == 0 and not self._scores):
                 self._finish(job, "error", "the model computed no usable vector: its file is damaged")
                 continue
             assert job.vectors is not None
-            job.vectors[index] = vector / norm
+            job.vectors[index] = vector if self._scores else vector / norm
             job.n_done += 1
             if job.n_done == len(job.texts):
                 self._finish(job, "done")

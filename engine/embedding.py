@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engine.embedding_job import EmbeddingEvent, EmbeddingJob
 from infsvc.embedding_types import EmbeddingBody, EmbeddingInput
@@ -23,6 +23,8 @@ from infsvc.types import new_req_id
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from engine.rerank import RerankRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Embedding:
 
     def __init__(
         self,
-        request: EmbeddingRequest,
+        request: EmbeddingRequest | RerankRequest,
         *,
         tokens_in: int,
         cancel: Callable[[EmbeddingJob], None],
@@ -144,7 +146,7 @@ class Embedding:
             self._asked_to_stop = True
             self._cancel(self._job)
 
-    async def __aenter__(self) -> Embedding:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -156,16 +158,14 @@ class Embedding:
         """Waits for the end, well or not; any number may wait."""
         await self._ended.wait()
 
-    async def result(self) -> EmbeddingResult:
-        """Waits for the vectors.
+    async def vectors(self) -> npt.NDArray[np.float32]:
+        """Waits for what the embedder computes of each text.
 
         Raises:
             Cancelled: someone cancelled the request.
             Draining: the model left before they were computed.
             EngineFailed: the embedder failed.
         """
-        import numpy as np
-
         await self._ended.wait()
         if self.outcome == "cancelled":
             if self._asked_to_stop:
@@ -174,13 +174,20 @@ class Embedding:
         if self.outcome == "error":
             raise EngineFailed(self.error or "the embedder failed")
         assert self._job is not None
-        vectors = self._job.vectors
-        assert vectors is not None
-        if self.request.dimensions is not None and self.request.dimensions < vectors.shape[1]:
-            vectors = vectors[:, : self.request.dimensions]
+        assert self._job.vectors is not None
+        return self._job.vectors
+
+    async def result(self) -> EmbeddingResult:
+        """Waits for the embeddings; raises as `vectors`."""
+        import numpy as np
+
+        vectors, request = await self.vectors(), self.request
+        assert isinstance(request, EmbeddingRequest)
+        if request.dimensions is not None and request.dimensions < vectors.shape[1]:
+            vectors = vectors[:, : request.dimensions]
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             vectors = (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
-        return EmbeddingResult(self.request, vectors, self.tokens_in)
+        return EmbeddingResult(request, vectors, self.tokens_in)
 
     def on_event(self, event: EmbeddingEvent) -> None:
         """Takes an event of the embedder; called on the loop, in order."""

@@ -25,7 +25,7 @@ class EmbeddingJob:
     Attributes:
         listener: called on the loop's thread with each event of this job.
         priority: a higher one is read earlier.
-        vectors: (n_texts, n_embd), each of norm 1; whole when the job has ended as "done".
+        vectors: (n_texts, n_embd), each of norm 1, or the scores of a reranker; whole when the job has ended as "done".
         n_taken: how many texts have been read, or are being read.
         n_done: how many have their vector.
         last_pack: the number of the last pack that held one of its texts.

@@ -356,7 +356,7 @@ class Fleet:
                 repacks=build.use_extra_bufts,
             )
             return self._fits(worker, need, force=force, cache_mb=worker.settings.prefix_cache_mb)
-        if worker.has(Capability.EMBEDDINGS):
+        if worker.has(Capability.EMBEDDINGS) or worker.has(Capability.RERANKING):
             need = memory_fit.estimate_embedding(info, n_ctx=worker.n_ctx, weights=True)
             return self._fits(worker, need, force=force)
         raise LoadError(worker.evidence(Capability.EMBEDDINGS))

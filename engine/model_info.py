@@ -80,6 +80,9 @@ class ModelInfo:
     n_ff: int = 0
     """Width of what a feed-forward layer computes for a token, over the experts that are used."""
     has_window: bool = False
+    n_scores: int = 0
+    """What the classification head of a reranker tells of a text; 0 without one."""
+    rerank_template: str | None = None
     repacked_bytes: int = 0
     """Weights of which llama.cpp makes a copy in another order, where the CPU and the build have one."""
 
@@ -178,7 +181,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     for _ in range(n_pairs):
         key = reader.text()
         facts[key] = reader.value(reader.scalar("I"), keep=key == "tokenizer.ggml.tokens")
-    n_params, weight_bytes, repacked_bytes, data_end, kinds = _tensors(reader, path, n_tensors)
+    n_params, weight_bytes, repacked_bytes, data_end, kinds, scores = _tensors(reader, path, n_tensors)
     alignment = int(facts.get("general.alignment", 32))
     if alignment < 1 or alignment & (alignment - 1):
         raise ModelFileError(f"{path} is damaged: an alignment of {alignment} is no power of two")
@@ -221,6 +224,7 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
     if len(set(spelled)) < len(spelled):
         raise ModelFileError(f"{path} is damaged: its vocabulary holds a token twice")
     pooling = number("pooling_type")
+    n_scores = scores.get("cls.output.weight", scores.get("cls.weight", 0))
     n_head_kv, heads = number("attention.head_count_kv", n_head), facts.get(f"{arch}.attention.head_count_kv")
     return ModelInfo(
         path=path,
@@ -250,21 +254,28 @@ def _parse(reader: _Reader, path: Path, size: int) -> ModelInfo:
             number("feed_forward_length"), number("expert_feed_forward_length") * max(1, number("expert_used_count"))
         ),
         has_window=number("attention.sliding_window") > 0,
+        # llama.cpp takes as many values as there are labels, one without any, whatever the head gives.
+        n_scores=n_scores if n_scores == number("classifier.output_labels", 1) else 0,
+        rerank_template=text("tokenizer.chat_template.rerank"),
         repacked_bytes=repacked_bytes,
     )
 
 
-def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int, int, Counter[str]]:
-    """Parameters, bytes of weights, those of them that may be repacked, end of the data relative to its start, and
-    values by tensor type."""
+def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int, int, Counter[str], dict[str, int]]:
+    """Parameters, bytes of weights, those of them that may be repacked, end of the data relative to its start, values
+    by tensor type, and the outputs of a classification head's matrices."""
     n_params = weight_bytes = repacked_bytes = data_end = 0
     kinds: Counter[str] = Counter()
+    scores: dict[str, int] = {}
     for _ in range(n_tensors):
         name = reader.text()
         n_dims = reader.scalar("I")
         if n_dims > 4:
             raise ModelFileError(f"{path} is damaged: tensor {name!r} has {n_dims} dimensions")
-        n_values = math.prod(reader.scalar("Q") for _ in range(n_dims))
+        dims = [reader.scalar("Q") for _ in range(n_dims)]
+        n_values = math.prod(dims)
+        if name in ("cls.weight", "cls.output.weight"):
+            scores[name] = dims[1] if n_dims > 1 else 1
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         n_params += n_values
         if kind in _TENSOR_TYPES:
@@ -276,7 +287,7 @@ def _tensors(reader: _Reader, path: Path, n_tensors: int) -> tuple[int, int, int
             if label in _REPACKED and n_dims > 1 and name != "token_embd.weight":
                 repacked_bytes += n_bytes
             data_end = max(data_end, offset + n_bytes)
-    return n_params, weight_bytes, repacked_bytes, data_end, kinds
+    return n_params, weight_bytes, repacked_bytes, data_end, kinds, scores
 
 
 def _quantization(facts: dict[str, Any], kinds: Counter[str]) -> str:

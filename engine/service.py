@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from engine.embedding import Embedding, EmbeddingRequest
 from engine.embedding_job import EmbeddingJob
@@ -21,6 +21,7 @@ from engine.fleet import Fleet
 from engine.generation import Generation
 from engine.logprobs import MAX_TOP
 from engine.prompt import Tool
+from engine.rerank import Reranking, RerankRequest, pairs
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
 from engine.worker import Worker
@@ -51,6 +52,7 @@ from infsvc.types import (
 
 if TYPE_CHECKING:
     from engine.constraint import Grammars
+    from engine.embedder import Embedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +135,10 @@ class InferenceRequest:
         return json.dumps(self.params.model_dump(exclude_none=True, exclude_defaults=True))
 
 
-AnyRequest = TypeVar("AnyRequest", InferenceRequest, EmbeddingRequest)
-Admitted = TypeVar("Admitted", Generation, Embedding)
+AnyAsked = InferenceRequest | EmbeddingRequest | RerankRequest
+AnyRequest = TypeVar("AnyRequest", InferenceRequest, EmbeddingRequest, RerankRequest)
+Admitted = TypeVar("Admitted", Generation, Embedding, Reranking)
+Read = TypeVar("Read", bound=Embedding)
 
 
 class InferenceService:
@@ -167,6 +171,10 @@ class InferenceService:
     async def embed(self, request: EmbeddingRequest) -> Embedding:
         """Admits a request for embeddings; otherwise as `submit`."""
         return await self._recorded(request, self._admit_texts)
+
+    async def rerank(self, request: RerankRequest) -> Reranking:
+        """Admits a request to order documents; otherwise as `submit`."""
+        return await self._recorded(request, self._admit_pairs)
 
     async def _recorded(
         self, request: AnyRequest, admit: Callable[[Worker, AnyRequest], Awaitable[Admitted]]
@@ -337,28 +345,55 @@ class InferenceService:
             texts = await asyncio.get_running_loop().run_in_executor(
                 self._fleet.pool, token_lists, request.input, embedder.model
             )
+            return self._read_texts(worker, embedder, Embedding, request, texts, what="input")
+
+    async def _admit_pairs(self, worker: Worker, request: RerankRequest) -> Reranking:
+        self._check_ready(worker)
+        if not worker.has(Capability.RERANKING):
+            raise BadRequest(f"{worker.name} is no reranker: {worker.evidence(Capability.RERANKING)}", param="model")
+        self._check_room(worker, queued=request.queued)
+        with worker.preparing():
+            embedder = await self._fleet.embedder(worker)
             self._check_ready(worker)
-            tokens_in = sum(map(len, texts))
-            for index, text in enumerate(texts):
-                if len(text) > embedder.n_ctx:
-                    n_ctx_train = worker.info.n_ctx_train if worker.info else 0
-                    raise TextTooLong(
-                        index=index, n_prompt_tokens=len(text), n_ctx=embedder.n_ctx, n_ctx_train=n_ctx_train
-                    )
-            embedding = Embedding(
-                request,
-                tokens_in=tokens_in,
-                cancel=embedder.cancel,
-                on_done=lambda done: self._embedded(worker, done),
+            template = worker.info.rerank_template if worker.info else None
+            texts = await asyncio.get_running_loop().run_in_executor(
+                self._fleet.pool, pairs, request.query, request.documents, embedder.model, template
             )
-            job = EmbeddingJob(texts, listener=embedding.on_event, priority=request.priority)
-            embedding.attach(job)
-            worker.requests[_free_key(worker, request.req_id)] = embedding
+            return self._read_texts(worker, embedder, Reranking, request, texts, what="document")
+
+    def _read_texts(
+        self,
+        worker: Worker,
+        embedder: Embedder,
+        kind: type[Read],
+        request: EmbeddingRequest | RerankRequest,
+        texts: list[list[int]],
+        *,
+        what: Literal["input", "document"],
+    ) -> Read:
+        """Hands texts that fit to the embedder."""
+        self._check_ready(worker)
+        tokens_in = sum(map(len, texts))
+        for index, text in enumerate(texts):
+            if len(text) > embedder.n_ctx:
+                n_ctx_train = worker.info.n_ctx_train if worker.info else 0
+                raise TextTooLong(
+                    index=index, n_prompt_tokens=len(text), n_ctx=embedder.n_ctx, n_ctx_train=n_ctx_train, what=what
+                )
+        read = kind(
+            request,
+            tokens_in=tokens_in,
+            cancel=embedder.cancel,
+            on_done=lambda done: self._embedded(worker, done),
+        )
+        job = EmbeddingJob(texts, listener=read.on_event, priority=request.priority)
+        read.attach(job)
+        worker.requests[_free_key(worker, request.req_id)] = read
         self._events.publish(
             RequestStarted(model=worker.name, req_id=request.req_id, tokens_in=tokens_in, source=request.source)
         )
         embedder.submit(job)
-        return embedding
+        return read
 
     def _embedded(self, worker: Worker, embedding: Embedding) -> None:
         _leave(worker, embedding)
@@ -474,7 +509,7 @@ class InferenceService:
     def _not_run(
         self,
         worker: Worker,
-        request: InferenceRequest | EmbeddingRequest,
+        request: AnyAsked,
         status: AuditStatus,
         error: str,
         dur_ms: float,
@@ -485,7 +520,7 @@ class InferenceService:
 
     def _row(
         self,
-        request: InferenceRequest | EmbeddingRequest,
+        request: AnyAsked,
         status: AuditStatus,
         *,
         error: str | None,
@@ -512,7 +547,7 @@ def _leave(worker: Worker, ended: Generation | Embedding) -> None:
             del worker.requests[key]
 
 
-def _asked(request: InferenceRequest | EmbeddingRequest) -> dict[str, Any]:
+def _asked(request: AnyAsked) -> dict[str, Any]:
     """The columns that the request alone fills."""
     raw_input = request.raw_input
     return {

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 def human_bytes(n_bytes: float) -> str:
@@ -260,13 +260,23 @@ class ContextLengthExceeded(BadRequest):
 
 
 class TextTooLong(ContextLengthExceeded):
-    """A text to embed has more tokens than the model reads at once."""
+    """A text to embed, or a document with its query, has more tokens than the model reads at once."""
 
-    def __init__(self, *, index: int, n_prompt_tokens: int, n_ctx: int, n_ctx_train: int) -> None:
+    def __init__(
+        self,
+        *,
+        index: int,
+        n_prompt_tokens: int,
+        n_ctx: int,
+        n_ctx_train: int,
+        what: Literal["input", "document"] = "input",
+    ) -> None:
         self.index, self.n_prompt_tokens, self.n_ctx = index, n_prompt_tokens, n_ctx
         mend = "shorten or split it" if n_ctx >= n_ctx_train else "shorten or split it, or raise CTX_SIZE"
+        told = f"input {index}" if what == "input" else f"document {index}, with the query,"
+        param = "input" if what == "input" else "documents"
         RequestError.__init__(
-            self, f"input {index} has {n_prompt_tokens} tokens and one text may have {n_ctx}: {mend}", param="input"
+            self, f"{told} has {n_prompt_tokens} tokens and one text may have {n_ctx}: {mend}", param=param
         )
 
 

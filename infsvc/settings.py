@@ -148,8 +148,9 @@ class WorkerSettings(BaseSettings):
     """Threads of llama.cpp; 0 is one a core."""
     gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Layers on the GPU; `auto` is all that fit, 0 is none."""
-    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
-    """How an embedding is made of a text's tokens; `auto` is what the file says."""
+    pooling: Literal["auto", "mean", "cls", "last", "rank"] = "auto"
+    """How an embedding is made of a text's tokens; `auto` is what the file says. `rank` is a reranker's: a score for a
+    query and a document (`POST /v1/rerank`) in place of embeddings."""
     prefix_cache_mb: Annotated[int, Field(ge=0, le=2**20)] = 256
     """RAM for what prompts had in common and no slot holds any more, in MiB; never more than a quarter of what the load
     leaves free. 0 reads every prompt from its first token."""

@@ -223,6 +223,7 @@ class Capability(StrEnum):
     REASONING = "reasoning"
     TOOL_CALLING = "tool-calling"
     GRAMMAR_CONSTRAINED = "grammar-constrained"
+    RERANKING = "reranking"
 
 
 class ModelInfoDocument(Wire):

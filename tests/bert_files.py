@@ -38,6 +38,16 @@ class Bert:
 
     def embed(self, ids: Sequence[int]) -> Array:
         """The mean of the last hidden states, with a norm of 1."""
+        mean = self._states(ids).mean(axis=0)
+        vector: Array = mean / np.linalg.norm(mean)
+        return vector
+
+    def scores(self, ids: Sequence[int]) -> Array:
+        """What the classification head tells of the first hidden state."""
+        pooled = np.tanh(self._linear(self._states(ids)[:1], "pooler.dense"))
+        return self._linear(pooled, "classifier")[0]
+
+    def _states(self, ids: Sequence[int]) -> Array:
         w = self.weights
         x = (
             w["embeddings.word_embeddings.weight"][list(ids)]
@@ -60,9 +70,7 @@ class Bert:
             wide = self._linear(x, f"{layer}.intermediate.dense")
             wide = wide * (1 + _erf(wide / math.sqrt(2))) / 2
             x = self._norm(x + self._linear(wide, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-        mean = x.mean(axis=0)
-        vector: Array = mean / np.linalg.norm(mean)
-        return vector
+        return x
 
     def _linear(self, x: Array, name: str) -> Array:
         return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
@@ -85,9 +93,20 @@ def _erf(x: Array) -> Array:
 
 
 def random_bert(
-    *, n_embd: int = 64, n_layer: int = 2, n_head: int = 4, n_ff: int = 128, n_ctx: int = 64, seed: int = 0
+    *,
+    n_embd: int = 64,
+    n_layer: int = 2,
+    n_head: int = 4,
+    n_ff: int = 128,
+    n_ctx: int = 64,
+    seed: int = 0,
+    n_scores: int = 0,
 ) -> Bert:
-    """A BERT of random weights whose words are the letters, the digits and some of their pairs."""
+    """A BERT of random weights whose words are the letters, the digits and some of their pairs.
+
+    Args:
+        n_scores: outputs of its classification head; 0 for none.
+    """
     random = np.random.default_rng(seed)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?-'"
     tokens = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), "hello", "world", "##lo", "the"]
@@ -116,6 +135,9 @@ def random_bert(
         linear(f"{layer}.intermediate.dense", n_ff, n_embd)
         linear(f"{layer}.output.dense", n_embd, n_ff)
         norm(f"{layer}.output.LayerNorm")
+    if n_scores:
+        linear("pooler.dense", n_embd, n_embd)
+        linear("classifier", n_scores, n_embd)
     return Bert(tuple(tokens), weights, n_layer, n_head, n_ctx)
 
 
@@ -156,6 +178,7 @@ _NAMES = {
     "embeddings.position_embeddings": "position_embd",
     "embeddings.token_type_embeddings": "token_types",
     "embeddings.LayerNorm": "token_embd_norm",
+    "classifier": "cls.output",
 }
 _LAYER_NAMES = {
     "attention.self.query": "attn_q",
@@ -175,6 +198,7 @@ def write_bert(
     *,
     pooling: gguf.PoolingType | None = gguf.PoolingType.MEAN,
     architecture: str = "bert",
+    labels: Sequence[str] = (),
 ) -> Path:
     """Writes a GGUF, matrices in F16. Words carry llama.cpp's phantom space: `##ing` becomes `ing`, `the` becomes
     `▁the`. A `nomic-bert` or `nomic-bert-moe` has the same weights where it has the same parts, and random gates and
@@ -191,6 +215,8 @@ def write_bert(
     writer.add_causal_attention(False)
     if pooling is not None:
         writer.add_pooling_type(pooling)
+    if labels:
+        writer.add_classifier_output_labels(labels)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     control = [token in SPECIAL for token in bert.tokens]
     writer.add_token_type_count(2)
@@ -211,6 +237,8 @@ def write_bert(
     writer.add_pad_token_id(at("[PAD]"))
     writer.add_mask_token_id(at("[MASK]"))
     targets = {_target(name): values for name, values in bert.weights.items()}
+    if "classifier.weight" in bert.weights:
+        targets |= {f"cls.{kind}": bert.weights[f"pooler.dense.{kind}"] for kind in ("weight", "bias")}
     if architecture != "bert":
         del targets["position_embd.weight"]
         writer.add_rope_freq_base(1000.0)
@@ -257,7 +285,7 @@ def _experts(bert: Bert, writer: gguf.GGUFWriter) -> dict[str, Array]:
 
 
 def _target(name: str) -> str | None:
-    """llama.cpp's name of a tensor; None for what it does not use (the pooler)."""
+    """llama.cpp's name of a tensor; None for what it does not use (the pooler, unless a classifier follows it)."""
     stem, _, kind = name.rpartition(".")
     if stem in _NAMES:
         return f"{_NAMES[stem]}.{kind}"

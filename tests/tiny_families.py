@@ -31,7 +31,7 @@ class TinyFile:
         seed: int = 0,
         words: Sequence[str] = (),
         control: Sequence[str] = (),
-        chat_template: str = CHATML,
+        chat_template: str | list[dict[str, str]] = CHATML,
     ) -> None:
         self._random = np.random.default_rng(seed)
         self.n_layer = n_layer
@@ -88,7 +88,11 @@ class TinyFile:
 
 def write_tiny_qwen3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
     """Full attention."""
-    file = TinyFile(path, "qwen3", n_layer=2, n_ctx=n_ctx, seed=seed)
+    _qwen3(TinyFile(path, "qwen3", n_layer=2, n_ctx=n_ctx, seed=seed))
+    return path
+
+
+def _qwen3(file: TinyFile) -> None:
     file.writer.add_head_count_kv(N_HEAD_KV)
     file.writer.add_key_length(HEAD)
     file.writer.add_value_length(HEAD)
@@ -100,6 +104,20 @@ def write_tiny_qwen3(path: Path, *, n_ctx: int = 2048, seed: int = 0) -> Path:
         file.attention(layer, qk_norm=True)
         file.feed_forward(layer)
     file.close()
+
+
+RERANK_TEMPLATE = "<|im_start|>judge\n<Q>: {query}\n<D>: {document}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def write_tiny_reranker(path: Path, *, n_ctx: int = 256, seed: int = 0, head: bool = True) -> Path:
+    """A causal reranker as qwen3's: a template for the pair, two labels whose shares are told."""
+    templates = [{"name": "default", "template": CHATML}, {"name": "rerank", "template": RERANK_TEMPLATE}]
+    file = TinyFile(path, "qwen3", n_layer=2, n_ctx=n_ctx, seed=seed, chat_template=templates)
+    file.writer.add_pooling_type(gguf.PoolingType.RANK)
+    file.writer.add_classifier_output_labels(["yes", "no"])
+    if head:
+        file.random("cls.output.weight", 2, N_EMBD, scale=1.0)
+    _qwen3(file)
     return path
 
 

@@ -16,7 +16,7 @@ from engine.llama.native import DECODE_ABORTED, DECODE_OK, FLASH_ATTN_AUTO, POOL
 from engine.llama.thread_pool import ThreadPool
 from infsvc.errors import LlamaError, LoadError
 
-_POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3}
+_POOLING_TYPES = {"mean": 1, "cls": 2, "last": 3, "rank": 4}
 
 
 class EmbeddingContext:
@@ -32,7 +32,7 @@ class EmbeddingContext:
         """Makes the context; the model must stay open for as long.
 
         Args:
-            pooling: mean, cls or last.
+            pooling: mean, cls or last; rank for a reranker, whose file must have the head for it.
             n_ctx: tokens of the longest text.
             causal: what the header says; llama.cpp's own word counts.
 
@@ -41,6 +41,9 @@ class EmbeddingContext:
         """
         if pooling not in _POOLING_TYPES:
             raise LoadError(f"no pooling {pooling}: there are {', '.join(_POOLING_TYPES)}")
+        if pooling == "rank" and not model.info.n_scores:
+            # llama.cpp would take a hidden state's first value for a score.
+            raise LoadError("the file has no classification head, which POOLING=rank needs")
         if model.has_encoder or not model.has_decoder:
             raise LoadError("this kind of model (with an encoder and a decoder) is not served by this version")
         if n_ctx < 1 or (model.n_ctx_train and n_ctx > model.n_ctx_train):
@@ -65,7 +68,7 @@ class EmbeddingContext:
         self.n_pack_tokens = max(PACK_TOKENS, n_ctx)
         self.n_step: int = lib.llama_n_ubatch(self._handle)
         self.n_pack_texts: int = lib.llama_n_seq_max(self._handle)
-        self.n_embd: int = lib.llama_model_n_embd_out(model.handle)
+        self.n_embd: int = model.info.n_scores if pooling == "rank" else lib.llama_model_n_embd_out(model.handle)
         self._batch = Batch(self.n_step, self.n_pack_texts)
 
     def _make(self, n_ctx: int, *, both_ways: bool, n_threads: int) -> Any:
@@ -81,7 +84,9 @@ class EmbeddingContext:
         # Without it the cost of a pack grows with the square of its tokens, on CPUs too (measured: five times at 512);
         # automatic, because not every GPU has the kernel for a small encoder's heads.
         params.flash_attn_type = FLASH_ATTN_AUTO
-        params.pooling_type = _POOLING_TYPES[self._pooling] if both_ways else POOLING_NONE
+        # A reranker's head is llama.cpp's, and reads the last token where attention looks back only.
+        pooled = both_ways or self._pooling == "rank"
+        params.pooling_type = _POOLING_TYPES[self._pooling] if pooled else POOLING_NONE
         params.embeddings = True
         params.no_perf = True
         self._flag.watch(params)
@@ -153,6 +158,11 @@ class EmbeddingContext:
                     slot, n_read = slot + 1, 0
             if not self._evaluate():
                 return None
+            if self._pooling == "rank":
+                for each, start, begin, end in parts:
+                    if start + end - begin == len(texts[each]):
+                        sums[each] = self._rows(lib.llama_get_embeddings_seq(self.handle, each), 1)[0]
+                continue
             states = self._rows(lib.llama_get_embeddings_ith(self.handle, 0), self._batch.n)
             for each, start, begin, end in parts:
                 if self._pooling == "mean":

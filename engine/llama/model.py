@@ -81,6 +81,9 @@ class LlamaModel:
         self.adds_bos: bool = bool(lib.llama_vocab_get_add_bos(self._vocab))
         self.bos: int = lib.llama_vocab_bos(self._vocab)
         self.eos: int = lib.llama_vocab_eos(self._vocab)
+        self.adds_eos: bool = bool(lib.llama_vocab_get_add_eos(self._vocab))
+        self.adds_sep: bool = bool(lib.llama_vocab_get_add_sep(self._vocab))
+        self.sep: int = lib.llama_vocab_sep(self._vocab)
         self.eog: npt.NDArray[np.int64] = np.array(
             [token for token in range(self.n_vocab) if lib.llama_vocab_is_eog(self._vocab, token)], dtype=np.int64
         )

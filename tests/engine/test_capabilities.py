@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import pytest
 
 from engine.capabilities import CapabilityClaim, detect
 from engine.model_info import read_model_info
 from infsvc.types import Capability
+from tests.bert_files import random_bert, write_bert
+from tests.tiny_families import write_tiny_reranker
 from tests.tiny_models import CHATML, write_tiny_model
 
 
@@ -65,11 +68,28 @@ def test_what_the_worker_file_says_is_the_evidence_where_it_counts(tiny_model: P
     assert (text.present, text.evidence) == (False, "MODEL_FORMAT=embedding")
 
 
-def test_a_reranker_claims_neither(tmp_path: Path) -> None:
-    found = claims(write_tiny_model(tmp_path / "m.gguf", pooling=4))
-    assert not found[Capability.TEXT_GENERATION].present
-    assert not found[Capability.EMBEDDINGS].present
+def test_a_reranker_orders_documents_and_does_nothing_else(tmp_path: Path, tiny_model: Path) -> None:
+    found = claims(write_tiny_reranker(tmp_path / "m.gguf"))
+    assert [each for each, claim in found.items() if claim.present] == [Capability.RERANKING]
+    evidence = found[Capability.RERANKING].evidence
+    assert evidence == "pooling type rank, and a classification head of 2 outputs"
     assert found[Capability.EMBEDDINGS].evidence.startswith("pooling type rank (a reranker")
+    assert claims(tiny_model)[Capability.RERANKING].evidence == "no pooling type; a reranker's is rank"
+
+
+def test_a_reranker_without_a_head_claims_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    for path in (
+        write_tiny_model(tmp_path / "m.gguf", pooling=4),
+        write_bert(tmp_path / "labels.gguf", random_bert(n_scores=3), pooling=gguf.PoolingType.RANK, labels=["a", "b"]),
+    ):
+        found = claims(path)
+        assert not any(claim.present for claim in found.values())
+        assert "no classification head" in found[Capability.EMBEDDINGS].evidence
+        assert "no classification head" in found[Capability.RERANKING].evidence
+    asked = {claim.capability: claim for claim in detect(read_model_info(tiny_model), pooling="rank")}
+    assert asked[Capability.EMBEDDINGS].evidence.startswith("POOLING=rank in the worker file (a reranker")
+    assert not asked[Capability.RERANKING].present
+    assert asked[Capability.TEXT_GENERATION].present
 
 
 def test_an_unknown_pooling_type_is_an_embedding_model_too(tiny_model: Path, tmp_path: Path) -> None:

@@ -234,7 +234,9 @@ async def test_a_text_that_would_abort_ends_its_own_job_alone(bert_file: Path, t
 
 def test_the_context_refuses_what_llama_cpp_would_abort_on(bert_file: Path) -> None:
     model = LlamaModel(bert_file)
-    with pytest.raises(LoadError, match="no pooling rank"):
+    with pytest.raises(LoadError, match="no pooling max"):
+        EmbeddingContext(model, pooling="max", n_ctx=64, causal=False, n_threads=1)
+    with pytest.raises(LoadError, match="no classification head"):
         EmbeddingContext(model, pooling="rank", n_ctx=64, causal=False, n_threads=1)
     for n_ctx in (0, 65):
         with pytest.raises(LoadError, match="CTX_SIZE"):

@@ -173,7 +173,7 @@ def test_the_forms_a_line_may_have(write: Write) -> None:
             f"Unable to parse input string as an integer, exceeded maximum size (got '{'9' * 119}…')",
         ),
         ("MODEL_FORMAT=chatml\n", 1, "MODEL_FORMAT", "Input should be 'auto', 'template', 'harmony' or 'embedding'"),
-        ("POOLING=max\n", 1, "POOLING", "Input should be 'auto', 'mean', 'cls' or 'last'"),
+        ("POOLING=max\n", 1, "POOLING", "Input should be 'auto', 'mean', 'cls', 'last' or 'rank'"),
         ("GPU_LAYERS=some\n", 1, "GPU_LAYERS", "Input should be a valid integer, unable to parse string as an integer"),
         ("GPU_LAYERS=-1\n", 1, "GPU_LAYERS", "Input should be greater than or equal to 0"),
         ("MODEL_SHA256=abc\n", 1, "MODEL_SHA256", "String should match pattern '^([0-9a-fA-F]{64})?$'"),

@@ -134,6 +134,7 @@ class SampleWorker:
                 "the chat template lists tools, where it has a place for them",
             ),
             Capability.GRAMMAR_CONSTRAINED: (info.causal, "any model that generates text"),
+            Capability.RERANKING: (False, "no pooling type; a reranker's is rank"),
         }
         self.claims = tuple(CapabilityClaim(capability, *told[capability]) for capability in Capability)
         return self

@@ -216,6 +216,27 @@ class EmbeddingList(Wire):
     usage: EmbeddingUsage
 
 
+class DocumentText(Wire):
+    text: str
+
+
+class RankedDocument(Wire):
+    """`index` in the request; `document` where it was asked for."""
+
+    index: int
+    relevance_score: float
+    document: DocumentText | None = None
+
+
+class Ranking(Wire):
+    """Jina's list of results, the best first."""
+
+    object: Literal["list"]
+    model: str
+    results: list[RankedDocument]
+    usage: EmbeddingUsage
+
+
 # -- grammars ------------------------------------------------------------------------------------------------------
 
 

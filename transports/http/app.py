@@ -34,13 +34,14 @@ from transports.http.health import Health
 from transports.http.native import Completions
 from transports.http.openai import OpenAI
 from transports.http.refusals import Internal, Json, Ready, WrongMethod, answer, dumps
+from transports.http.rerank import Rerank
 
 if TYPE_CHECKING:
     from transports.node import Node
 
 log = logging.getLogger("infsvc.http")
 
-OPENAI_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/embeddings")
+OPENAI_PATHS = ("/v1/chat/completions", "/v1/models", "/v1/embeddings", "/v1/rerank")
 """Where errors have OpenAI's shape whatever the body holds."""
 
 
@@ -56,7 +57,7 @@ def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGI
     choice = ModelChoice(node, model, forwards=not forwarded)
     openai = OpenAI(node, choice)
     completions, health, admin = Completions(node, choice, openai), Health(node, model), Admin(node, model)
-    embeddings = Embeddings(node, choice)
+    embeddings, rerank = Embeddings(node, choice), Rerank(node, choice)
     durable = DeadLetterRoutes(node)
     grammars = GrammarRoutes(node)
 
@@ -77,6 +78,7 @@ def build_app(node: Node, model: str | None, *, forwarded: bool = False) -> ASGI
         Route("/v1/completions", fleet_wide(node, completions.create), methods=["POST"]),
         Route("/v1/chat/completions", fleet_wide(node, openai.chat), methods=["POST"]),
         Route("/v1/embeddings", fleet_wide(node, embeddings.create), methods=["POST"]),
+        Route("/v1/rerank", fleet_wide(node, rerank.create), methods=["POST"]),
         Route("/v1/models", openai.models),
         Route("/v1/models/{model}", openai.one_model),
         Route("/grammars", grammars.all, methods=["GET", "POST"]),

@@ -14,6 +14,7 @@ from infsvc import errors
 from infsvc.audit import AuditStatus
 from infsvc.embedding_types import EmbeddingBody
 from infsvc.openai_types import ChatRequest, TextRequest
+from infsvc.rerank_types import RerankBody
 from infsvc.types import CompletionReply, CompletionRequest
 from transports.http import admin, answers, dead_letters, refusals
 from transports.http.grammars import GrammarBody, GrammarRoutes
@@ -169,6 +170,15 @@ OPERATIONS: Mapping[str, Operation] = {
         errors=(*_RUN, errors.CannotEmbed, errors.TextTooLong),
         shaped=(answers.OpenAIError,),
         says="OpenAI's embeddings.",
+    ),
+    "POST /v1/rerank": Operation(
+        tag="inference",
+        bodies=(RerankBody,),
+        parameters=(_TRACE,),
+        answers=ok(answers.Ranking),
+        errors=(*_RUN, errors.CannotEmbed, errors.TextTooLong),
+        shaped=(answers.OpenAIError,),
+        says="Documents in order of how well they answer a query, by a reranking model: Jina's shape.",
     ),
     "GET /v1/models": Operation(tag="inference", answers=ok(answers.ModelList), shaped=(answers.OpenAIError,)),
     "GET /v1/models/{model}": Operation(

@@ -43,7 +43,7 @@ _COLUMNS: dict[str, tuple[str, int, bool]] = {
     "tok/s": ("tok/s", 6, True),
     "ttft": ("ttft p95", 8, True),
 }
-_CAPABILITIES = tuple(capability.value for capability in Capability)
+_CAPABILITIES = tuple(capability.value for capability in Capability if capability.value in _COLUMNS)
 # What is added while it fits; the first group is always there.
 _GROUPS = (
     ("model", "state", "queue", "tok/s"),
