@@ -62,6 +62,14 @@ class StoredText(Protocol):
     def is_schema(self) -> bool: ...
 
 
+class Compiler(Protocol):
+    """What makes matchers for one vocabulary: `Constraints`, or what stands for one in another process."""
+
+    def grammar(self, text: str) -> Matcher: ...
+
+    def schema(self, schema: dict[str, Any]) -> Matcher: ...
+
+
 class ConstraintFailedError(Exception):
     """A constraint that compiled met its limits, or a vocabulary without a fitting token, in the middle of a text."""
 
@@ -279,7 +287,7 @@ def _said(message: str) -> str:
 # -- what a request asks for ------------------------------------------------------------------------------------------
 
 
-def matcher_for(params: Params, constraints: Constraints, grammars: Grammars | None) -> Matcher:
+def matcher_for(params: Params, constraints: Compiler, grammars: Grammars | None) -> Matcher:
     """The matcher that a request's parameters ask for. Blocks: files and compilation.
 
     `params.grammar` is a grammar's text when it holds `::=`, else the name of a stored one.

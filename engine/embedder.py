@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,31 +23,10 @@ from engine.counters import EngineCounters
 from engine.embedding_job import EmbeddingEvent, EmbeddingJob, take_pack
 from engine.embedding_limits import PACK_TOKENS
 from engine.llama import EmbeddingContext, LlamaModel, supports_gpu
+from engine.options import EmbedderOptions
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedderOptions:
-    """How to embed with a model.
-
-    Attributes:
-        n_ctx: tokens of the longest text; 0 for what the model was trained on, which is also the most.
-        pooling: mean, cls or last; rank for a reranker, whose texts have scores in place of vectors.
-        causal: what the header says of the attention.
-        n_threads: of llama.cpp; 0 for one a core.
-        n_gpu_layers: −1 for all that a GPU build can take.
-        use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
-    """
-
-    path: Path
-    n_ctx: int
-    pooling: str
-    causal: bool
-    n_threads: int = 0
-    n_gpu_layers: int = -1
-    use_extra_bufts: bool = True
 
 
 class Embedder:
@@ -113,6 +90,11 @@ class Embedder:
     def ended(self) -> bool:
         """Whether it takes no more jobs."""
         return self._ended
+
+    @property
+    def died(self) -> str | None:
+        """Why it ended by itself, if it did."""
+        return self._died
 
     def submit(self, job: EmbeddingJob) -> None:
         """Hands a job over; its listener hears of its end in any case. After the embedder's end it ends at once."""

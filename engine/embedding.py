@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from engine.embedding_job import EmbeddingEvent, EmbeddingJob
 from infsvc.embedding_types import EmbeddingBody, EmbeddingInput
-from infsvc.errors import Cancelled, Draining, EngineFailed
+from infsvc.errors import Cancelled, Draining, EngineFailed, EngineLost
 from infsvc.types import new_req_id
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Embedding:
         self.created_ts = time.time()
         self.outcome: Literal["done", "cancelled", "error"] | None = None
         self.error: str | None = None
+        self._lost: str | None = None
         self._begun_s = self._last_s = time.perf_counter()
         self._started = self._asked_to_stop = False
         self._cancel, self._on_done = cancel, on_done
@@ -164,7 +165,7 @@ class Embedding:
         Raises:
             Cancelled: someone cancelled the request.
             Draining: the model left before they were computed.
-            EngineFailed: the embedder failed.
+            EngineFailed: the embedder failed; `EngineLost` when it went with its process.
         """
         await self._ended.wait()
         if self.outcome == "cancelled":
@@ -172,7 +173,9 @@ class Embedding:
                 raise Cancelled("the request was cancelled before its embeddings were computed")
             raise Draining(f"{self.model} was unloaded before the embeddings were computed", param="model")
         if self.outcome == "error":
-            raise EngineFailed(self.error or "the embedder failed")
+            raise (
+                EngineLost(self.model, self._lost) if self._lost else EngineFailed(self.error or "the embedder failed")
+            )
         assert self._job is not None
         assert self._job.vectors is not None
         return self._job.vectors
@@ -196,6 +199,9 @@ class Embedding:
             return
         self._last_s = event.at_s
         self.outcome, self.error = event.kind, event.error
+        if event.lost:
+            self._lost = event.error
+            self.error = str(EngineLost(self.model, event.error or ""))
         self._ended.set()
         self._on_done(self)
 

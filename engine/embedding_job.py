@@ -51,12 +51,13 @@ class EmbeddingJob:
 @dataclass(frozen=True, slots=True)
 class EmbeddingEvent:
     """What an embedder tells of a job: that its first text is being read, or how it ended, which is the last event.
-    `at_s` is `time.perf_counter()`; `error` says why for "error"."""
+    `at_s` is `time.perf_counter()`; `error` says why for "error"; `lost` says that the embedder's process is gone."""
 
     job: EmbeddingJob
     at_s: float
     kind: Literal["started", "done", "cancelled", "error"]
     error: str | None = None
+    lost: bool = False
 
 
 def take_pack(

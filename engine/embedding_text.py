@@ -9,10 +9,10 @@ from infsvc.embedding_types import EmbeddingInput
 from infsvc.errors import BadRequest
 
 if TYPE_CHECKING:
-    from engine.llama import LlamaModel
+    from engine.remote_model import Vocabulary
 
 
-def token_lists(given: EmbeddingInput, model: LlamaModel) -> list[list[int]]:
+def token_lists(given: EmbeddingInput, model: Vocabulary) -> list[list[int]]:
     """Texts with the marks that the vocabulary puts around them; token ids as they came. Any thread, while the model is
     open.
 

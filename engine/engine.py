@@ -16,15 +16,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.constraint import ConstraintFailedError
+from engine.constraint import ConstraintFailedError, Constraints
 from engine.counters import EngineCounters
 from engine.llama import (
     DECODE_ABORTED,
@@ -39,6 +37,7 @@ from engine.llama import (
     system_info,
 )
 from engine.logprobs import step_logprobs
+from engine.options import EngineOptions
 from engine.penalties import Penalties
 from engine.prefix_cache import MIN_SAVED, PrefixCache, Reuse, ReuseRule, Source
 from engine.prompt_lookup import PromptLookup
@@ -68,41 +67,6 @@ class Part(Protocol):
     def close(self) -> None: ...
 
     def join(self, timeout_s: float) -> bool: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How to run a model.
-
-    Attributes:
-        n_ctx: tokens of one sequence; 0 for what the model was trained on.
-        n_slots: sequences in one batch.
-        n_threads: of llama.cpp; 0 for one a core.
-        n_gpu_layers: −1 for all that a GPU build can take.
-        use_extra_bufts: whether weights may be repacked for this CPU (see `engine.probe`).
-        flash_attention: whether it suits this CPU (likewise); on a GPU it always does.
-        share_prefixes: whether a prompt may go on from what was read before.
-        prefix_cache_bytes: of the store of states that no slot holds any more; 0 for what the slots hold alone.
-        state_folder: where states go that leave the store, and all of them at the end; None for nowhere.
-        state_folder_bytes: what they may take there.
-        swa_full: whether layers with a sliding window keep every cell: more memory (`memory_fit` counts it), and any
-            place to branch off at.
-        draft_max: tokens of each sequence that may be guessed ahead in a step, where it pays; 0 for none.
-    """
-
-    path: Path
-    n_ctx: int
-    n_slots: int
-    n_threads: int = 0
-    n_gpu_layers: int = -1
-    use_extra_bufts: bool = True
-    flash_attention: bool = False
-    share_prefixes: bool = True
-    prefix_cache_bytes: int = 2**28
-    state_folder: Path | None = None
-    state_folder_bytes: int = 0
-    swa_full: bool = True
-    draft_max: int = 0
 
 
 class Engine:
@@ -168,6 +132,15 @@ class Engine:
         if self._model is None:
             raise LlamaError("the model is not loaded")
         return self._model
+
+    @property
+    def died(self) -> str | None:
+        """Why it ended by itself, if it did."""
+        return self._died
+
+    def constraints(self) -> Constraints:
+        """What compiles constraints for this vocabulary, and keeps the compiled ones."""
+        return Constraints(self.model.texts, self.model.eog.tolist())
 
     def attach(self, part: Part) -> None:
         """Names something that lives on this model's weights: it is ended before they are freed. Raises `LlamaError`

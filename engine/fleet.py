@@ -15,19 +15,21 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from engine import memory_fit
+from engine import memory_fit, restarts
 from engine.capabilities import pooling_of
 from engine.model_file import DEMO, remove_file
 from engine.model_info import ModelInfo, read_model_info
 from engine.model_source import describe
+from engine.options import EmbedderOptions, EngineOptions
 from engine.probe import ProbeResult, probe
 from engine.prompt import load_prompt_format
+from engine.restarts import Restarts
 from engine.scheduler import N_BATCH
 from engine.worker import Worker
 from infsvc.audit import AuditSink
-from infsvc.errors import CannotEmbed, DownloadError, LoadError, ModelNotLoaded, NoSource, UnknownModel
+from infsvc.errors import CannotEmbed, DownloadError, EngineLost, LoadError, ModelNotLoaded, NoSource, UnknownModel
 from infsvc.events import EventBus
 from infsvc.home import Home
 from infsvc.settings import WorkerSettings
@@ -35,7 +37,9 @@ from infsvc.types import Capability, ModelState
 
 if TYPE_CHECKING:
     from engine.download import Download
-    from engine.embedder import Embedder
+    from engine.engine import Engine
+    from engine.isolated import IsolatedEngine
+    from engine.worker import AnyEmbedder, AnyEngine
 
 log = logging.getLogger("infsvc.fleet")
 
@@ -92,6 +96,8 @@ class Fleet:
         self._reserved_bytes: dict[str, int] = {}
         self._stopping: set[str] = set()
         self._lent: set[str] = set()
+        self._store_bytes: dict[str, int] = {}
+        self._pauses: dict[str, asyncio.Event] = {}
 
     def add(self, settings: WorkerSettings) -> Worker:
         """Takes a new worker file's model in, as if it had been there at the start."""
@@ -140,6 +146,7 @@ class Fleet:
             # It goes on to load when the file is there.
             self._forced |= {name} if force else set()
         elif worker.state not in (ModelState.LOADING, ModelState.READY):
+            worker.restarts = Restarts()
             worker.move(ModelState.DOWNLOADING if self._is_to_fetch(worker) else ModelState.LOADING)
             self._spawn(name, self._load(worker, before, force=force))
         return worker
@@ -214,6 +221,8 @@ class Fleet:
             await self.settled(name)
         elif worker.state is ModelState.LOADING:
             self._stopping.add(name)
+            if (pause := self._pauses.get(name)) is not None:
+                pause.set()
             for running in (worker.engine, worker.embedder):
                 if running is not None:
                     running.close()
@@ -282,11 +291,10 @@ class Fleet:
             info = await self._header(worker)
             worker.learn(info)
             build = await self._build()
-            cache_bytes = self._check(worker, info, build, force=force or worker.name in self._forced)
-            if worker.embeds_only:
-                await self._start_embedder(worker, info)
-            else:
-                await self._start_engine(worker, info, cache_bytes)
+            self._store_bytes[worker.name] = self._check(
+                worker, info, build, force=force or worker.name in self._forced
+            )
+            await self._start(worker, info)
         except LoadError as error:
             self._not_loaded(worker, str(error))
         except Exception as error:
@@ -378,7 +386,14 @@ class Fleet:
         self._reserved_bytes[worker.name] = before + need.total_bytes + cache_bytes
         return cache_bytes
 
-    async def _start_engine(self, worker: Worker, info: ModelInfo, cache_bytes: int) -> None:
+    async def _start(self, worker: Worker, info: ModelInfo) -> None:
+        """Loads the model into memory that was set aside for it; it is ready then. Raises `LoadError`."""
+        if worker.embeds_only:
+            await self._start_embedder(worker, info)
+        else:
+            await self._start_engine(worker, info)
+
+    async def _start_engine(self, worker: Worker, info: ModelInfo) -> None:
         loop = asyncio.get_running_loop()
         layers = worker.settings.gpu_layers
 
@@ -387,34 +402,26 @@ class Fleet:
 
         def on_died(reason: str) -> None:
             if worker.engine is engine:
-                self._failed(worker, reason)
+                self._died(worker, reason)
 
         build = await self._build()
-        # Imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first frame need
-        # not wait.
-        room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.engine")
-        if worker.name in self._stopping:
-            raise LoadError("the load was stopped")
-        engine = room.Engine(
-            worker.name,
-            room.EngineOptions(
-                path=worker.path,
-                n_ctx=worker.n_ctx,
-                n_slots=worker.n_slots,
-                n_threads=worker.settings.model_threads,
-                n_gpu_layers=-1 if layers == "auto" else layers,
-                use_extra_bufts=build.use_extra_bufts,
-                flash_attention=build.flash_attention,
-                share_prefixes=worker.settings.prefix_cache_mb > 0,
-                prefix_cache_bytes=cache_bytes,
-                state_folder=self.state_folder(worker),
-                state_folder_bytes=worker.settings.prefix_cache_disk_mb * 2**20,
-                draft_max=worker.settings.draft_max,
-            ),
-            loop,
-            on_progress=on_progress,
-            on_died=on_died,
+        room = await self._room(worker, "engine.engine")
+        options = EngineOptions(
+            path=worker.path,
+            n_ctx=worker.n_ctx,
+            n_slots=worker.n_slots,
+            n_threads=worker.settings.model_threads,
+            n_gpu_layers=-1 if layers == "auto" else layers,
+            use_extra_bufts=build.use_extra_bufts,
+            flash_attention=build.flash_attention,
+            share_prefixes=worker.settings.prefix_cache_mb > 0,
+            prefix_cache_bytes=self._store_bytes[worker.name],
+            state_folder=self.state_folder(worker),
+            state_folder_bytes=worker.settings.prefix_cache_disk_mb * 2**20,
+            draft_max=worker.settings.draft_max,
         )
+        make = room.IsolatedEngine if worker.isolated else room.Engine
+        engine: AnyEngine = make(worker.name, options, loop, on_progress=on_progress, on_died=on_died)
         worker.engine = engine
         engine.start()
         try:
@@ -434,6 +441,10 @@ class Fleet:
             if worker.name in self._stopping:
                 # It was loaded before it heard that it should stop.
                 raise LoadError("the load was stopped")
+            self._check_lives(engine)
+        except EngineLost as error:
+            await self._end_engine(worker)
+            raise LoadError(str(error)) from None
         except BaseException:
             await self._end_engine(worker)
             raise
@@ -444,25 +455,25 @@ class Fleet:
         """Loads a model that only embeds."""
         loop = asyncio.get_running_loop()
         build = await self._build()
-        room = await loop.run_in_executor(self.pool, importlib.import_module, "engine.embedder")
-        if worker.name in self._stopping:
-            raise LoadError("the load was stopped")
+        room = await self._room(worker, "engine.embedder")
 
         def on_progress(fraction: float) -> None:
             loop.call_soon_threadsafe(worker.loading, fraction)
 
         def on_died(reason: str) -> None:
             if worker.embedder is embedder:
-                self._failed(worker, reason)
+                self._died(worker, reason)
 
-        options = self._embedder_options(room, worker, info, use_extra_bufts=build.use_extra_bufts)
-        embedder = room.Embedder(worker.name, options, loop, on_progress=on_progress, on_died=on_died)
+        options = self._embedder_options(worker, info, use_extra_bufts=build.use_extra_bufts)
+        make = room.IsolatedEmbedder if worker.isolated else room.Embedder
+        embedder: AnyEmbedder = make(worker.name, options, loop, on_progress=on_progress, on_died=on_died)
         worker.embedder = embedder
         embedder.start()
         try:
             await asyncio.wrap_future(embedder.loaded)
             if worker.name in self._stopping:
                 raise LoadError("the load was stopped")
+            self._check_lives(embedder)
         except BaseException:
             await self._end_engine(worker)
             raise
@@ -470,19 +481,35 @@ class Fleet:
             worker.move(ModelState.READY)
 
     @staticmethod
-    def _embedder_options(room: Any, worker: Worker, info: ModelInfo, *, use_extra_bufts: bool = True) -> Any:
+    def _embedder_options(worker: Worker, info: ModelInfo, *, use_extra_bufts: bool = True) -> EmbedderOptions:
         settings = worker.settings
-        return room.EmbedderOptions(
+        return EmbedderOptions(
             path=worker.path,
             n_ctx=worker.n_ctx,
-            pooling=pooling_of(info, settings.pooling),
+            pooling=pooling_of(info, settings.pooling) or "none",
             causal=info.causal,
             n_threads=settings.model_threads,
             n_gpu_layers=-1 if settings.gpu_layers == "auto" else settings.gpu_layers,
             use_extra_bufts=use_extra_bufts,
         )
 
-    async def embedder(self, worker: Worker) -> Embedder:
+    async def _room(self, worker: Worker, name: str) -> Any:
+        """The module of what runs the model. Raises `LoadError` when it is not wanted any more."""
+        # A thread's imports llama.cpp, which takes half a second: off the loop, at the first load, so that the first
+        # frame need not wait.
+        name = "engine.isolated" if worker.isolated else name
+        room = await asyncio.get_running_loop().run_in_executor(self.pool, importlib.import_module, name)
+        if worker.name in self._stopping:
+            raise LoadError("the load was stopped")
+        return room
+
+    @staticmethod
+    def _check_lives(running: AnyEngine | AnyEmbedder) -> None:
+        """Raises `LoadError` for a process that has ended right after the load."""
+        if (process := getattr(running, "process", None)) is not None and running.died is not None:
+            raise LoadError(str(EngineLost(process.name, running.died)))
+
+    async def embedder(self, worker: Worker) -> AnyEmbedder:
         """What embeds for a ready model. One that generates gets it here, at the first request for embeddings, over the
         weights that it has; it stays until the model leaves.
 
@@ -500,12 +527,10 @@ class Fleet:
             raise CannotEmbed(f"{worker.name} cannot embed now: {error}", param="model") from None
         return found
 
-    def _lend(self, worker: Worker) -> Embedder:
+    def _lend(self, worker: Worker) -> AnyEmbedder:
         engine, info = worker.engine, worker.info
         if engine is None or info is None:
             raise ModelNotLoaded(worker.name, worker.state.replace("_", " "), worker.reason)
-        from engine import embedder as room  # engine.engine has imported llama.cpp already
-
         # Memory that was set aside for an earlier one, which has ended, counts for this one.
         if worker.name not in self._lent:
             need = memory_fit.estimate_embedding(info, n_ctx=worker.n_ctx, weights=False)
@@ -514,16 +539,8 @@ class Fleet:
             except LoadError as error:
                 raise CannotEmbed(f"{worker.name} cannot embed now: {error}", param="model") from None
             self._lent.add(worker.name)
-        embedder = room.Embedder(
-            worker.name,
-            self._embedder_options(room, worker, info),
-            asyncio.get_running_loop(),
-            model=engine.model,
-            on_died=lambda reason: worker.note("error", "embedder.died", reason),
-        )
-        engine.attach(embedder)
+        embedder = worker.embedder = _lent(engine, self._embedder_options(worker, info), worker)
         embedder.start()
-        worker.embedder = embedder
         return embedder
 
     async def _build(self) -> ProbeResult:
@@ -536,6 +553,64 @@ class Fleet:
                 return ProbeResult()
             self._probe = asyncio.create_task(probe(demo, self._home.own("data/run/probe.json")), name="probe")
         return await asyncio.shield(self._probe)
+
+    def _died(self, worker: Worker, reason: str) -> None:
+        """A running model has ended by itself, and so have its requests."""
+        if not worker.isolated:
+            self._failed(worker, reason)
+        elif worker.state is ModelState.READY:  # else who loads or ends it sees to it
+            worker.engine = worker.embedder = worker.format = worker.constraints = None
+            if (pause_s := self._lost(worker, reason)) is not None:
+                self._spawn(worker.name, self._restart(worker, pause_s))
+
+    def _lost(self, worker: Worker, reason: str) -> float | None:
+        """Says that a model's process was lost; returns the pause before the next start, None when it is given up."""
+        pause_s, n = worker.restarts.lost(), worker.restarts.n
+        if pause_s is None:
+            self._failed(worker, f"lost {n} times in a short time, at last so: {reason}")
+        else:
+            worker.note("error", "model.lost", f"{reason} (start {n} of {restarts.N_MAX}, in {pause_s:g} s)")
+            worker.move(ModelState.LOADING, reason)
+        return pause_s
+
+    async def _restart(self, worker: Worker, pause_s: float | None) -> None:
+        """Starts the process of a lost model again, after pauses that grow, until it is ready or given up. Its memory
+        stays set aside meanwhile."""
+        name = worker.name
+        set_aside, lent = self._reserved_bytes.get(name, 0), name in self._lent
+        try:
+            while pause_s is not None:
+                try:
+                    await self._paused(worker, pause_s)
+                    info = await self._header(worker)
+                    worker.learn(info)
+                    await self._start(worker, info)
+                    return
+                except LoadError as error:
+                    reason = str(error)
+                if name in self._stopping:
+                    self._not_loaded(worker, reason)
+                    return
+                self._reserved_bytes[name] = set_aside
+                self._lent |= {name} if lent else set()
+                pause_s = self._lost(worker, reason)
+        except Exception as error:
+            log.exception("a restart failed", extra={"code": "model.load_error", "model": name})
+            self._not_loaded(worker, f"the restart failed: {error}")
+        finally:
+            self._stopping.discard(name)
+
+    async def _paused(self, worker: Worker, seconds: float) -> None:
+        """Waits; raises `LoadError` when the model is not wanted any more."""
+        stopped = self._pauses[worker.name] = asyncio.Event()
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await stopped.wait()
+        finally:
+            del self._pauses[worker.name]
+        if worker.name in self._stopping:
+            raise LoadError("the load was stopped")
 
     def _failed(self, worker: Worker, reason: str) -> None:
         self._forget(worker)
@@ -575,3 +650,24 @@ class Fleet:
         """Gives back the memory that was set aside for a model."""
         self._reserved_bytes.pop(worker.name, None)
         self._lent.discard(worker.name)
+
+
+def _lent(engine: AnyEngine, options: EmbedderOptions, worker: Worker) -> AnyEmbedder:
+    """An embedder over the weights of an engine, where that runs."""
+    loop = asyncio.get_running_loop()
+    if worker.isolated:
+        from engine.isolated import IsolatedEmbedder
+
+        return IsolatedEmbedder(worker.name, options, loop, engine=cast("IsolatedEngine", engine))
+    from engine.embedder import Embedder  # engine.engine has imported llama.cpp already
+
+    thread = cast("Engine", engine)
+    embedder = Embedder(
+        worker.name,
+        options,
+        loop,
+        model=thread.model,
+        on_died=lambda reason: worker.note("error", "embedder.died", reason),
+    )
+    thread.attach(embedder)
+    return embedder

@@ -18,7 +18,7 @@ from engine.logprobs import StepLogprobs
 from engine.output import OutputParser, Parsed
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
 from engine.tool_calls import ToolCall, ToolCallParser
-from infsvc.errors import EngineFailed
+from infsvc.errors import EngineFailed, EngineLost
 from infsvc.types import CompletionReply, FinishReason
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Generation:
         self.slot: int | None = None
         self.reply: CompletionReply | None = None
         self.error: str | None = None
+        self._failure: Callable[[], EngineFailed] | None = None
         self._begun_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s = self._begun_s
@@ -143,7 +144,8 @@ class Generation:
             await self._reader
 
     async def result(self) -> CompletionReply:
-        """Waits for the end and returns the reply; raises `EngineFailed` when the engine died."""
+        """Waits for the end and returns the reply; raises `EngineFailed` when the engine died, `EngineLost` with
+        its process."""
         await self._ended.wait()
         self._raise_if_died()
         return cast(CompletionReply, self.reply)
@@ -153,8 +155,8 @@ class Generation:
         await self._ended.wait()
 
     def _raise_if_died(self) -> None:
-        if self.error is not None:
-            raise EngineFailed(self.error)
+        if self._failure is not None:
+            raise self._failure()
 
     def on_event(self, event: SequenceEvent) -> None:
         """Takes an event of the engine; called on the loop, in order."""
@@ -214,7 +216,10 @@ class Generation:
             self._chunks.append(chunk)
 
     def _end(self, event: SequenceFinished, reason: str) -> None:
-        self.error = event.error
+        if event.error is not None:
+            why = event.error
+            self._failure = (lambda: EngineLost(self.model, why)) if event.lost else (lambda: EngineFailed(why))
+            self.error = str(self._failure())
         self.tokens_cached = event.n_cached
         guessed = event.n_drafted > 0
         duration = round(self.duration_ms)
@@ -232,7 +237,7 @@ class Generation:
             finish_reason=cast(FinishReason, "tool_calls" if called else reason),
             duration_ms=duration,
             ms=duration,
-            error=event.error,
+            error=self.error,
         )
         self._ended.set()
         self._on_done(self)

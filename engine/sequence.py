@@ -146,7 +146,8 @@ class TokenEmitted(SequenceEvent):
 @dataclass(frozen=True, slots=True)
 class SequenceFinished(SequenceEvent):
     """The last event. `text` is what was still held back; `error` says why for `reason` "error"; `n_cached` tokens of
-    the prompt had been read before; of `n_drafted` tokens that were guessed `n_accepted` held."""
+    the prompt had been read before; of `n_drafted` tokens that were guessed `n_accepted` held; `lost` says that the
+    process of the engine is gone."""
 
     text: str
     reason: str
@@ -154,3 +155,4 @@ class SequenceFinished(SequenceEvent):
     n_cached: int = 0
     n_drafted: int = 0
     n_accepted: int = 0
+    lost: bool = False

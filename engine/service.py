@@ -189,6 +189,9 @@ class InferenceService:
 
         try:
             return await admit(worker, request)
+        except EngineFailed as error:
+            leave_row("error", f"{error.code}: {error}")
+            raise
         except RequestError as error:
             leave_row("rejected", f"{error.code}: {error}", getattr(error, "n_prompt_tokens", 0))
             raise

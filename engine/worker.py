@@ -23,6 +23,7 @@ from engine.harmony_output import HarmonyParser
 from engine.model_info import ModelInfo
 from engine.output import OutputParser, ReasoningParser
 from engine.prompt import TEMPLATE_FILE, PromptFormat, Tool, overridden
+from engine.restarts import Restarts
 from engine.stats import ModelStats
 from engine.tool_calls import ToolCallParser, form_of
 from infsvc import __version__
@@ -46,14 +47,17 @@ from infsvc.types import (
 )
 
 if TYPE_CHECKING:
-    from engine.constraint import Constraints, Grammars, Matcher
+    from engine.constraint import Compiler, Grammars, Matcher
     from engine.download import Progress
     from engine.embedder import Embedder
     from engine.embedding import Embedding
     from engine.engine import Engine
-    from engine.llama import LlamaModel
+    from engine.isolated import IsolatedEmbedder, IsolatedEngine
+    from engine.remote_model import Vocabulary
 
     LiveRequest = Generation | Embedding
+    AnyEngine = Engine | IsolatedEngine
+    AnyEmbedder = Embedder | IsolatedEmbedder
 
 
 def timestamp(ts: float | None) -> str | None:
@@ -90,7 +94,8 @@ class Worker:
         reason: why it failed.
         progress: 0..1 while it loads, is fetched or verified.
         pull: the figures of a download while one runs.
-        constraints: what the engine's vocabulary has been constrained to, and that engine.
+        constraints: what compiles for the engine's vocabulary, and that engine.
+        restarts: when its process, if it has one of its own, is started again.
         requests: live requests by req_id, in order of arrival.
         n_preparing: requests admitted whose prompt is still being rendered; they hold a place in the queue.
         n_queued_durable: requests that wait in the broker's queue, over all nodes; `transports.nats` keeps it true.
@@ -120,17 +125,30 @@ class Worker:
         self.pull: Progress | None = None
         self.info: ModelInfo | None = None
         self.claims: tuple[CapabilityClaim, ...] = ()
-        self.engine: Engine | None = None
-        self.embedder: Embedder | None = None
+        self.engine: AnyEngine | None = None
+        self.embedder: AnyEmbedder | None = None
+        self.restarts = Restarts()
         self.format: PromptFormat | None = None
         self.requests: dict[str, LiveRequest] = {}
         self.n_preparing = 0
         self.n_queued_durable = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self.constraints: tuple[Engine, Constraints] | None = None
+        self.constraints: tuple[AnyEngine, Compiler] | None = None
         self._events = events
         self._node, self._start_time = node, start_time
+
+    @property
+    def isolated(self) -> bool:
+        """Whether it runs in a process of its own."""
+        return self.settings.engine_isolation == "process"
+
+    @property
+    def n_process_bytes(self) -> int:
+        """What that process holds of memory; 0 without one."""
+        running = self.engine or self.embedder
+        process = getattr(running, "process", None)
+        return 0 if process is None else int(process.n_bytes)
 
     @property
     def n_slots(self) -> int:
@@ -262,14 +280,13 @@ class Worker:
         if not params.constrained:
             return None
         # Here, on a pool's thread: it takes numpy and llguidance along, for which the first frame need not wait.
-        from engine.constraint import Constraints, matcher_for
+        from engine.constraint import matcher_for
 
         engine, known = self.engine, self.constraints
         if engine is None:
             raise ModelNotLoaded(self.name, self.state.replace("_", " "), self.reason)
         if known is None or known[0] is not engine:
-            model = engine.model
-            known = self.constraints = (engine, Constraints(model.texts, model.eog.tolist()))
+            known = self.constraints = (engine, engine.constraints())
         return matcher_for(params, known[1], grammars)
 
     def prompt(
@@ -420,7 +437,7 @@ class Worker:
 
 def _in_harmony(
     form: HarmonyFormat,
-    model: LlamaModel,
+    model: Vocabulary,
     turns: tuple[Message, ...],
     *,
     think: bool | None,
@@ -441,7 +458,7 @@ def _in_harmony(
     )
 
 
-def _token_ids(model: LlamaModel, marks: Iterable[str]) -> frozenset[int]:
+def _token_ids(model: Vocabulary, marks: Iterable[str]) -> frozenset[int]:
     """The tokens that these marks are; one that the vocabulary has not as a token is text anyway."""
     spelled = [model.tokenize(mark, add_special=False, parse_special=True) for mark in marks]
     return frozenset(ids[0] for ids in spelled if len(ids) == 1)

@@ -37,6 +37,7 @@
         ├── ClientGone           499
         ├── Cancelled            499
         ├── EngineFailed         500
+        │   └── EngineLost       503   its process is gone, and started again
         ├── GivenUp              500   tried too often, kept as a dead letter
         ├── NodeLost             502   the node that a request was forwarded to is gone
         ├── ModelNotLoaded       503
@@ -219,6 +220,8 @@ def rebuilt(body: Mapping[str, Any]) -> RequestError:
         error.model = error.state = ""
     elif isinstance(error, NodeLost):
         error.node = ""
+    elif isinstance(error, EngineLost):
+        error.model = error.why = ""
     return error
 
 
@@ -426,6 +429,21 @@ class Cancelled(RequestError):
 class EngineFailed(RequestError):
     status = 500
     code = "engine_failed"
+
+
+class EngineLost(EngineFailed):
+    """The process that a model runs in has ended, and this request with it."""
+
+    status = 503
+    code = "engine_lost"
+
+    def __init__(self, model: str, why: str) -> None:
+        self.model, self.why = model, why
+        super().__init__(f"the process that {model} runs in is gone ({why}): ask again, it is started anew")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "2"}
 
 
 class NodeLost(RequestError):

@@ -146,6 +146,9 @@ class WorkerSettings(BaseSettings):
     """Tokens of one sequence, prompt and answer together; 0 is what the model was trained on."""
     model_threads: Annotated[int, Field(ge=0, le=512)] = 0
     """Threads of llama.cpp; 0 is one a core."""
+    engine_isolation: Literal["thread", "process"] = "thread"
+    """Where the engine runs: in a `thread` of the node, or in a `process` of its own, whose crash ends this model
+    alone; it is then started again."""
     gpu_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Layers on the GPU; `auto` is all that fit, 0 is none."""
     pooling: Literal["auto", "mean", "cls", "last", "rank"] = "auto"

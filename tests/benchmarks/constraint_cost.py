@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.constraint import Constraints, Matcher
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
+from engine.options import EngineOptions
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
 from infsvc.types import Params

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.embedder import Embedder, EmbedderOptions
+from engine.embedder import Embedder
 from engine.embedding_job import EmbeddingEvent, EmbeddingJob
+from engine.options import EmbedderOptions
 from tests.bert_files import load_minilm, minilm_folder, write_bert
 
 WORDS = "the river mountain engine queue letter broker vector language model winter bread seven".split()  # noqa: SIM905

@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
+from engine.options import EngineOptions
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, TokenEmitted
 from tests.engine.parts import spec
 from tests.tiny_models import write_tiny_model

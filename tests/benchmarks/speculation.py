@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.llama import DECODE_OK, Batch, LlamaContext, LlamaModel
+from engine.options import EngineOptions
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence
 from engine.speculation import MAX_ROWS, N_GUESSES

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.constraint import Grammars
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.fleet import Fleet
+from engine.options import EngineOptions
 from engine.sampling import SamplerSpec
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
 from engine.service import InferenceService

@@ -15,11 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from engine.embedder import Embedder, EmbedderOptions
+from engine.embedder import Embedder
 from engine.embedding_job import EmbeddingEvent, EmbeddingJob, take_pack
 from engine.embedding_limits import causal_step_tokens
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.llama import Batch, EmbeddingContext, LlamaModel
+from engine.options import EmbedderOptions, EngineOptions
 from infsvc.errors import LlamaError, LoadError
 from tests.bert_files import Bert, load_minilm, minilm_folder, random_bert, write_bert
 from tests.engine.parts import run, running_engine, sequence

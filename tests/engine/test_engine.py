@@ -10,8 +10,9 @@ import gguf
 import numpy as np
 import pytest
 
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.llama import LlamaContext
+from engine.options import EngineOptions
 from engine.sequence import SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
 from infsvc.errors import LlamaError, LoadError
 from tests.engine.parts import Heard, run, running_engine, sequence, spec

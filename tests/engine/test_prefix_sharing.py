@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.llama import LlamaContext
 from engine.logprobs import StepLogprobs
+from engine.options import EngineOptions
 from engine.prefix_cache import MIN_SHARED, Costs
 from engine.sequence import Sequence, TokenEmitted
 from engine.service import InferenceRequest

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import pytest
 
 from engine.constraint import Constraints
-from engine.engine import Engine, EngineOptions
+from engine.engine import Engine
 from engine.generation import Chunk
 from engine.llama import LlamaContext
+from engine.options import EngineOptions
 from engine.prompt_lookup import PromptLookup
 from engine.sampling import SamplerSpec
 from engine.scheduler import Scheduler

@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from infsvc import parent_death
 from infsvc.errors import StartError
 from infsvc.home import Home
 from infsvc.settings import is_loopback
@@ -38,7 +39,7 @@ _LOG_LIMIT_BYTES = 4 * 2**20
 _LOG_POLL_S = 0.25
 _READY_POLL_S = 0.02
 _PROBE_S = 1.0
-_WRAPPER = Path(__file__).with_name("parent_death.py")
+_WRAPPER = Path(parent_death.__file__)
 _LINE = re.compile(r"(?:\[\d+\] )?(?:\S+ \S+ )?\[(?P<level>[A-Z]{3})\] (?P<text>.*)")
 _WORD = re.compile(r"[A-Za-z]{3}")
 _LEVELS = {

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from infsvc import parent_death
 from infsvc.errors import StartError
 from infsvc.home import Home
 from transports.nats import broker as module
-from transports.nats import parent_death
 from transports.nats.broker import EmbeddedBroker, Listener, find_binary, probe
 
 from .conftest import client_of, free_port

@@ -1,10 +1,10 @@
-"""Runs a command that does not outlive the process that asked for it, also when that one is killed outright.
+"""A child process that does not outlive the one that started it, also when that one is killed outright.
 
-A script, not a module: `python -I -S parent_death.py PARENT_PID COMMAND …`. It stands apart because it runs in a
-bare interpreter that sees nothing of the project. On Linux the kernel does the work (`PR_SET_PDEATHSIG`) and this
-process becomes the command. The signal is tied to the parent's *thread*, so the parent starts this from the thread
-that its loop lives on. Other systems keep this process as a watcher that holds the read end of a pipe: when the
-parent is gone the pipe ends, and the command is killed.
+A child in Python binds itself (`bind`). For any other command this file is a script, `python -I -S parent_death.py
+PARENT_PID COMMAND …`, run by a bare interpreter that sees nothing of the project. On Linux the kernel does the work
+(`PR_SET_PDEATHSIG`) and this process becomes the command. The signal is tied to the parent's *thread*, so the parent
+starts its children from the thread that its loop lives on. Other systems keep this process as a watcher that holds the
+read end of a pipe: when the parent is gone the pipe ends, and the command is killed.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ from typing import NoReturn
 _PR_SET_PDEATHSIG = 1
 
 
-def become(parent: int, command: list[str]) -> NoReturn:
-    """Linux: turns this process into the command, bound to `parent`."""
+def bind(parent: int) -> None:
+    """Linux: has the kernel kill this process when `parent`, which started it, is gone; exits where it is already.
+    Holds across an exec; elsewhere nothing is done."""
+    if sys.platform != "linux":
+        return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
     # A parent that died before the call above sends no signal any more.
     if os.getppid() != parent:
         sys.exit("the parent is gone")
+
+
+def become(parent: int, command: list[str]) -> NoReturn:
+    """Linux: turns this process into the command, bound to `parent`."""
+    bind(parent)
     os.execv(command[0], command)
 
 
