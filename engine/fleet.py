@@ -25,7 +25,6 @@ from engine.model_source import describe
 from engine.options import EmbedderOptions, EngineOptions
 from engine.probe import ProbeResult, probe
 from engine.prompt import load_prompt_format
-from engine.restarts import Restarts
 from engine.scheduler import N_BATCH
 from engine.worker import Worker
 from infsvc.audit import AuditSink
@@ -146,7 +145,7 @@ class Fleet:
             # It goes on to load when the file is there.
             self._forced |= {name} if force else set()
         elif worker.state not in (ModelState.LOADING, ModelState.READY):
-            worker.restarts = Restarts()
+            worker.restarts.forget()
             worker.move(ModelState.DOWNLOADING if self._is_to_fetch(worker) else ModelState.LOADING)
             self._spawn(name, self._load(worker, before, force=force))
         return worker
@@ -603,6 +602,8 @@ class Fleet:
     async def _paused(self, worker: Worker, seconds: float) -> None:
         """Waits; raises `LoadError` when the model is not wanted any more."""
         stopped = self._pauses[worker.name] = asyncio.Event()
+        if worker.name in self._stopping:
+            stopped.set()
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):

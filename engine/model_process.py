@@ -22,13 +22,16 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from engine.link import Frame, Link, unpacked
-from infsvc.errors import EngineLost
+from infsvc.errors import EngineLost, LlamaError
 from infsvc.home import app_root
 
 log = logging.getLogger("infsvc.engine")
 
 SILENT_AFTER_S = 60.0
 """A child gives a sign of life twenty times in this time, whatever its engine does."""
+
+START_S = 120.0
+"""How long it may take, on top, until the first: it imports llama.cpp from a disk that may be slow."""
 
 _CLOSE_S = 2.0
 """How long a child may take to end when it was asked to; nothing is lost in it."""
@@ -112,7 +115,8 @@ class ModelProcess:
         """Asks the child and waits for its answer: not on the loop's thread.
 
         Raises:
-            EngineLost: the process is gone, or ends meanwhile.
+            EngineLost: the process is gone, or ends meanwhile, by itself.
+            LlamaError: it was closed.
             Exception: what the child's own call has raised.
         """
         answer: Future[Any] = Future()
@@ -146,7 +150,7 @@ class ModelProcess:
 
     async def _follow(self, ours: socket.socket) -> None:
         """Reads what the child tells, to its end, and passes the end on."""
-        self._heard_s = time.monotonic()
+        self._heard_s = time.monotonic() + START_S
         self._loop.call_later(SILENT_AFTER_S / 20, self._watch)
         try:
             await self._link.open(ours)
@@ -210,8 +214,8 @@ class ModelProcess:
         for tenant in self._tenants.values():
             tenant.bereave(None if self._closing else self._reason)
 
-    def _lost(self) -> EngineLost:
-        return EngineLost(self.name, self._reason or "it was unloaded")
+    def _lost(self) -> Exception:
+        return LlamaError("the model is closed") if self._closing else EngineLost(self.name, self._reason or "")
 
 
 def _said(status: int) -> str:

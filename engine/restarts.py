@@ -19,8 +19,8 @@ class Restarts:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._last_s = 0.0
-        self.n = 0
-        """Losses that no calm lies between."""
+        self.n = self.n_ever = 0
+        """Losses that no calm lies between, and all."""
 
     def lost(self) -> float | None:
         """Notes a loss; returns the pause before the next start in seconds, which doubles each time, or None when
@@ -29,5 +29,10 @@ class Restarts:
         if now - self._last_s > _CALM_S:
             self.n = 0
         self.n += 1
+        self.n_ever += 1
         self._last_s = now
         return None if self.n > N_MAX else min(_FIRST_S * 2.0 ** (self.n - 1), _LAST_S)
+
+    def forget(self) -> None:
+        """Begins anew: somebody has asked for the model."""
+        self.n = 0

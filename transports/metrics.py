@@ -100,6 +100,10 @@ class _Models(Collector):
             if worker.engine is not None:
                 speculation.add_metric([worker.name, worker.counters.speculation], 1)
         yield speculation
+        lost = CounterMetricFamily("infsvc_engine_lost", "Times that a model's own process died", labels=["model"])
+        for worker in workers:
+            lost.add_metric([worker.name], worker.restarts.n_ever)
+        yield lost
         for name, told, figure in (
             ("infsvc_n_decode", "Batches decoded since the load", "n_steps"),
             ("infsvc_prefill_tokens", "Prompt tokens read since the load", "n_prefill_tokens"),

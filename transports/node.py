@@ -60,7 +60,7 @@ _CLOSE_S = 4.0
 
 @dataclass(frozen=True)
 class SystemUsage:
-    """Memory in bytes: of the machine, and of this process."""
+    """Memory in bytes: of the machine, and of this node with its models' own processes."""
 
     ram_used_bytes: int
     ram_total_bytes: int
@@ -294,7 +294,8 @@ class Node:
     def system(self) -> SystemUsage:
         """Memory, read now; some microseconds."""
         memory = psutil.virtual_memory()
-        return SystemUsage(memory.total - memory.available, memory.total, psutil.Process().memory_info().rss)
+        n_held = psutil.Process().memory_info().rss + sum(each.n_process_bytes for each in self.fleet.workers.values())
+        return SystemUsage(memory.total - memory.available, memory.total, n_held)
 
     @property
     def _tls(self) -> tuple[str, str] | None:

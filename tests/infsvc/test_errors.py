@@ -35,6 +35,7 @@ EVERY = [
     (errors.QueueFull(model="m", n_waiting=7, capacity=7, retry_after_s=3), 429, "queue_full"),
     (errors.ClientGone("x"), 499, "client_gone"),
     (errors.EngineFailed("x"), 500, "engine_failed"),
+    (errors.EngineLost("m", "it ended with SIGABRT"), 503, "engine_lost"),
     (errors.ModelNotLoaded("m", "loading"), 503, "model_not_loaded"),
     (errors.Draining("x"), 503, "draining"),
     (errors.AuditUnavailable("x"), 503, "audit_unavailable"),

@@ -71,6 +71,7 @@ def test_an_empty_file_has_the_documented_defaults(write: Write) -> None:
         "worker_concurrency": 4,
         "ctx_size": 4096,
         "model_threads": 0,
+        "engine_isolation": "thread",
         "gpu_layers": "auto",
         "pooling": "auto",
         "prefix_cache_mb": 256,

@@ -88,8 +88,8 @@ _EVERYWHERE: Errors = (errors.BadRequest, refusals.Forbidden, refusals.Unauthori
 _BODY: Errors = (errors.TooLarge, refusals.WrongMediaType)
 _MODEL: Errors = (errors.UnknownModel,)
 _RUN: Errors = (
-    *_BODY, *_MODEL, errors.QueueFull, errors.EngineFailed, errors.ModelNotLoaded, errors.Draining,
-    errors.AuditUnavailable, errors.Cancelled,
+    *_BODY, *_MODEL, errors.QueueFull, errors.EngineFailed, errors.EngineLost, errors.ModelNotLoaded,
+    errors.Draining, errors.AuditUnavailable, errors.Cancelled,
 )  # fmt: skip
 _GENERATE: Errors = (*_RUN, errors.UnknownGrammar, errors.GrammarInvalid, errors.SchemaInvalid)
 _QUEUE: Errors = (errors.QueueUnavailable,)
