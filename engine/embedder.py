@@ -24,6 +24,7 @@ from engine.embedding_job import EmbeddingEvent, EmbeddingJob, take_pack
 from engine.embedding_limits import PACK_TOKENS
 from engine.llama import EmbeddingContext, LlamaModel, supports_gpu
 from engine.options import EmbedderOptions
+from engine.step_watch import StepWatch
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
@@ -39,7 +40,7 @@ class Embedder:
         loop: where events are delivered.
         model: a loaded model that someone else closes, after this; None to load one.
         on_progress: 0..1 while loading, on the embedder's thread.
-        on_died: called on the loop with a sentence when the thread ended by a fault.
+        on_died: called on the loop with a sentence when the thread ended by a fault, or hangs in a step.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class Embedder:
         self._jobs: list[EmbeddingJob] = []
         self._reading: tuple[EmbeddingJob, ...] = ()
         self._n_packs = 0
+        self._live: dict[int, EmbeddingJob] = {}
+        self._watch = StepWatch(loop, f"{name}'s embedder", self._give_up)
+        self._hung = False
         self._outbox: list[EmbeddingEvent] = []
         self._thread = threading.Thread(target=self._run, name=f"embed-{name}", daemon=True)
 
@@ -78,6 +82,7 @@ class Embedder:
         """Starts the thread; `loaded` is done when it can embed, or holds the `LoadError`."""
         self.loaded.set_running_or_notify_cancel()
         self._thread.start()
+        self._call(lambda _: self._watch.look(), None)
 
     @property
     def model(self) -> LlamaModel:
@@ -100,9 +105,10 @@ class Embedder:
         """Hands a job over; its listener hears of its end in any case. After the embedder's end it ends at once."""
         with self._gate:
             if not self._ended:
+                self._live[job.arrival] = job
                 self._inbox.put(job)
                 return
-        self._post([self._farewell(job)])
+        self._call(_hand_out, [self._farewell(job)])
 
     def cancel(self, job: EmbeddingJob) -> None:
         """Ends a job between two packs, or in the middle of one that holds nobody else's texts."""
@@ -115,6 +121,7 @@ class Embedder:
     def close(self) -> None:
         """Tells the thread to end: what is here ends as cancelled, then the memory is freed. `join` waits for it."""
         self._closing.set()
+        self._watch.stop()
         context = self._context
         if context is not None:
             context.abort()
@@ -125,6 +132,29 @@ class Embedder:
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def _give_up(self, reason: str) -> None:
+        """Ends for everyone else what the thread does not end. When it comes back after all it frees the memory."""
+        log.error(reason, extra={"code": "embedder.hung", "model": self.name})
+        with self._gate:
+            self._ended = self._hung = True
+            self._died = reason
+        self.close()
+        now = time.perf_counter()
+        # The thread may yet tell of them too: what comes after a job's last event is dropped.
+        self._told([EmbeddingEvent(each, now, "error", reason) for each in self._live.values()])
+        if self._on_died is not None:
+            self._on_died(reason)
+
+    def _told(self, events: list[EmbeddingEvent]) -> None:
+        """Each event to its job's listener, up to its last."""
+        live = [event for event in events if event.job.arrival in self._live]
+        for event in live:
+            if event.kind != "started":
+                self._live.pop(event.job.arrival, None)
+        _hand_out(live)
 
     # -- the embedder's thread --------------------------------------------------------------------------------------
 
@@ -151,7 +181,7 @@ class Embedder:
                 self._context.close()
             if self._owns_model and self._model is not None:
                 self._model.close()
-            if self._died is not None and ready and self._on_died is not None:
+            if self._died is not None and ready and not self._hung and self._on_died is not None:
                 self._call(self._on_died, self._died)
 
     def _load(self) -> EmbeddingContext:
@@ -200,11 +230,13 @@ class Embedder:
             return
         for job in [job for job in self._jobs if job.cancelled]:
             self._finish(job, "cancelled")
+        self._watch.begin()
         self._n_packs += 1
         pack = take_pack(self._jobs, number=self._n_packs, n_tokens=PACK_TOKENS, n_texts=context.n_pack_texts)
         if pack:
             self._read(context, pack)
         self._deliver()
+        self._watch.end()
 
     def _drain(self) -> None:
         """Takes what came in; waits for something when there is nothing to do."""
@@ -268,6 +300,7 @@ class Embedder:
 
     def _end_all(self) -> None:
         """The last act: everyone still here hears of the end."""
+        self._watch.stop()
         with self._gate:
             self._ended = True
         left, self._jobs = self._jobs, []
@@ -290,10 +323,7 @@ class Embedder:
     def _deliver(self) -> None:
         if self._outbox:
             events, self._outbox = self._outbox, []
-            self._post(events)
-
-    def _post(self, events: list[EmbeddingEvent]) -> None:
-        self._call(_hand_out, events)
+            self._call(self._told, events)
 
     def _call(self, function: Callable[..., None], argument: object) -> None:
         try:

@@ -46,13 +46,10 @@ from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceS
 from engine.speculation import MAX_ROWS, SURE_STREAK, Outlook, Speculation
 from engine.state_file import model_stamp, origin_of
 from engine.state_folder import StateFolder
+from engine.step_watch import StepWatch
 from infsvc.errors import LlamaError, LoadError
 
 log = logging.getLogger("infsvc.engine")
-
-HUNG_AFTER_S = 180.0
-"""A step that takes longer will not end: the largest batch of the largest model on a slow machine takes some 30 s."""
-
 
 _PART_JOIN_S = 10.0
 _LOOK_S = 0.25
@@ -115,7 +112,7 @@ class Engine:
         self._snapshots: dict[int, npt.NDArray[np.uint8]] = {}
         self._running: tuple[Sequence, ...] = ()
         self._live: dict[int, Sequence] = {}
-        self._step_began_s: float | None = None
+        self._watch = StepWatch(loop, f"{name}'s engine", self._give_up)
         self._hung = False
         self._outbox: list[SequenceEvent] = []
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
@@ -124,7 +121,7 @@ class Engine:
         """Starts the thread; `loaded` is done when the model is ready, or holds the `LoadError`."""
         self.loaded.set_running_or_notify_cancel()
         self._thread.start()
-        self._post(lambda _: self._watch(), None)
+        self._post(lambda _: self._watch.look(), None)
 
     @property
     def model(self) -> LlamaModel:
@@ -174,6 +171,7 @@ class Engine:
     def close(self) -> None:
         """Tells the thread to end: what runs ends as cancelled, then the memory is freed. `join` waits for it."""
         self._closing.set()
+        self._watch.stop()
         context = self._context
         if context is not None:
             context.abort()
@@ -186,19 +184,6 @@ class Engine:
         return not self._thread.is_alive()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        """Looks now and then whether the thread still gets through its steps."""
-        if self._ended:
-            return
-        began = self._step_began_s
-        if began is not None and time.perf_counter() - began > HUNG_AFTER_S and not self._closing.is_set():
-            self._give_up(
-                f"a step of {self.name}'s engine has not ended in {HUNG_AFTER_S:.0f} s: load it again; "
-                "if it hangs again, try MODEL_THREADS=1 or another file"
-            )
-        else:
-            self._loop.call_later(HUNG_AFTER_S / 20, self._watch)
 
     def _give_up(self, reason: str) -> None:
         """Ends for everyone else what the thread does not end. When it comes back after all it frees the memory."""
@@ -379,7 +364,7 @@ class Engine:
         self._drain(scheduler)
         if self._closing.is_set():
             return
-        self._step_began_s = time.perf_counter()
+        self._watch.begin()
         for sequence in scheduler.cancelled():
             self._finish(context, scheduler, sequence, "cancelled")
         self._snapshots.clear()
@@ -396,7 +381,7 @@ class Engine:
             self._decode(context, batch, scheduler, self._look_ahead(shares, batch.n_max))
         self._stalled = not shares
         self._deliver()
-        self._step_began_s = None
+        self._watch.end()
 
     def _drain(self, scheduler: Scheduler) -> None:
         """Takes what came in; waits for something when there is nothing to do."""
@@ -779,6 +764,7 @@ class Engine:
     def _end_all(self, scheduler: Scheduler | None) -> None:
         """The last act: everyone still here hears of the end. Trusts no state that a fault may have left half
         changed."""
+        self._watch.stop()
         with self._gate:
             self._ended = True
         left = [] if scheduler is None else [*scheduler.running, *scheduler.waiting]

@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 
 from tests.cli.conftest import Served
@@ -119,3 +120,25 @@ def test_the_log_is_json_and_holds_native_lines(serve: Callable[..., Served]) ->
     codes = {json.loads(line)["code"] for line in log.read_text().splitlines()}
     assert {"startup", "server.ready", "model.loaded", "llama", "shutdown"} <= codes
     assert log.with_name("native.log").stat().st_size > 0
+
+
+def test_a_model_in_its_own_process_logs_here_and_leaves_with_the_node(serve: Callable[..., Served]) -> None:
+    node = serve("tiny", INFSVC__TINY__ENGINE_ISOLATION="process")
+    node.wait_for("model.loaded")
+    [child] = [each for each in psutil.Process(node.process.pid).children() if "engine.child" in each.cmdline()]
+    body = {"input": "x", "params": ENDLESS, "stream": True}
+    with httpx2.stream("POST", f"{node.gateway}/v1/completions", json=body, timeout=30) as response:
+        events = [json.loads(line.removeprefix("data: ")) for line in ended_by(node, response)]
+    assert (events[-1]["done"], events[-1]["finish_reason"]) == (True, "cancelled")
+    assert node.process.wait(5) == 0
+    assert not child.is_running()
+    node.wait_for("llama")  # a line that only the child can have written
+
+
+def ended_by(node: Served, response: httpx2.Response) -> Iterator[str]:
+    """A stream's lines; the node is asked to end after the fifth."""
+    lines = (line for line in response.iter_lines() if line)
+    for n, line in enumerate(lines, start=1):
+        if n == 5:
+            node.process.terminate()
+        yield line

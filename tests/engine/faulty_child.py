@@ -8,7 +8,7 @@ import threading
 
 import llama_cpp as lib
 
-from engine import child, engine, llama
+from engine import child, llama, step_watch
 
 ABORTS, HANGS = 65, 72  # "A" and "H" of the tiny model's vocabulary
 
@@ -29,5 +29,5 @@ def faulty(context: llama.LlamaContext, batch: llama.Batch) -> int:
 
 if __name__ == "__main__":
     llama.LlamaContext.decode = faulty  # type: ignore[method-assign]
-    engine.HUNG_AFTER_S = 0.4
+    step_watch.HUNG_AFTER_S = 0.4
     sys.exit(child.main(sys.argv[1:]))

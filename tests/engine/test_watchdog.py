@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.llama import Batch, LlamaContext
+from engine.embedding import EmbeddingRequest
+from engine.llama import EmbeddingContext, LlamaContext
 from engine.service import InferenceRequest
 from infsvc.errors import EngineFailed, ModelNotLoaded
 from infsvc.types import Params
@@ -21,20 +23,22 @@ class ForcedHang:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.armed, self.hangs, self.release = threading.Event(), threading.Event(), threading.Event()
-        decode = LlamaContext.decode
+        for kind, step in ((LlamaContext, "decode"), (EmbeddingContext, "embed")):
+            monkeypatch.setattr(kind, step, self._hanging(getattr(kind, step)))
 
-        def hanging(context: LlamaContext, batch: Batch) -> int:
+    def _hanging(self, step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def hanging(context: Any, work: Any) -> Any:
             if self.armed.is_set():
                 self.hangs.set()
                 assert self.release.wait(60)
-            return decode(context, batch)
+            return step(context, work)
 
-        monkeypatch.setattr(LlamaContext, "decode", hanging)
+        return hanging
 
 
 @pytest.fixture
 def hang(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForcedHang]:
-    monkeypatch.setattr("engine.engine.HUNG_AFTER_S", 0.5)
+    monkeypatch.setattr("engine.step_watch.HUNG_AFTER_S", 0.5)
     forced = ForcedHang(monkeypatch)
     yield forced
     forced.release.set()
@@ -103,3 +107,28 @@ async def test_the_model_fails_with_the_reason_and_loads_again(
         hang.release.set()
         await node.loaded("a")
         assert (await node.service.complete(request)).finish_reason == "length"
+
+
+async def test_a_hung_embedder_ends_its_requests_once_and_the_next_gets_another(
+    tmp_path: Path, tiny_model: Path, hang: ForcedHang
+) -> None:
+    target = tmp_path / "data/models/a/model.gguf"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(tiny_model.read_bytes())
+    request = EmbeddingRequest(model="a", input=["one", "two"])
+    async with running_node(tmp_path, worker_settings("a")) as node:
+        await node.loaded("a")
+        before = (await (await node.service.embed(request)).result()).vectors
+        hung = node.fleet.get("a").embedder
+        hang.armed.set()
+        both = [await node.service.embed(request) for _ in range(2)]
+        for each in both:
+            with pytest.raises(EngineFailed, match="embedder has not ended"):
+                await each.result()
+        assert node.fleet.get("a").state == "ready"
+        hang.armed.clear()
+        assert ((await (await node.service.embed(request)).result()).vectors == before).all()
+        hang.release.set()
+        assert hung is not None
+        assert await asyncio.to_thread(hung.join, 20.0)
+        assert [row.status for row in node.sinks["a"].rows] == ["ok", "error", "error", "ok"]
