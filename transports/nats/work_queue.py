@@ -33,6 +33,7 @@ from infsvc.errors import (
     Conflict,
     Draining,
     EngineFailed,
+    EngineLost,
     GivenUp,
     ModelNotLoaded,
     QueueFull,
@@ -133,7 +134,7 @@ class WorkQueue:
         self._taken: dict[int, Taken] = {}
         self._claims: dict[str, Taken] = {}
         self.depth = Depth(worker, js, changed=self.wake)
-        self._look = asyncio.Event()
+        self._look, self._woken = asyncio.Event(), asyncio.Event()
         self._leaving = False
         settings = worker.settings
         self._puller = Puller(
@@ -158,8 +159,9 @@ class WorkQueue:
         self._look.set()
 
     def wake(self) -> None:
-        """Says that the engine may have room again."""
+        """Says that the engine may have room again, or is in another state."""
         self._puller.wake()
+        self._woken.set()
         self._count()
 
     async def run(self, nc: Client) -> None:
@@ -180,6 +182,7 @@ class WorkQueue:
         """Takes no more messages and gives back, at once, those that no slot works on; the others go on."""
         self._leaving = True
         self._puller.wake()
+        self._woken.set()
         for taken in list(self._taken.values()):
             generation = taken.exchange.generation
             if generation is None:
@@ -410,6 +413,8 @@ class WorkQueue:
             await self._give_back(taken, delay_s=0 if self._leaving else _FULL_DELAY_S)
             return
         except EngineFailed as error:
+            if isinstance(error, EngineLost):
+                await self._restarted()
             if self._is_ending:
                 await self._give_back(taken)
             else:
@@ -424,6 +429,12 @@ class WorkQueue:
         await self._write_done(taken, answer, revision)
         await self._flush()
         await self._acknowledge(taken)
+
+    async def _restarted(self) -> None:
+        """Waits while a lost engine is started again: a request that was delivered sooner would only come back."""
+        while self.worker.state is ModelState.LOADING and not self._leaving:
+            self._woken.clear()
+            await self._woken.wait()
 
     @property
     def _is_ending(self) -> bool:
