@@ -191,9 +191,9 @@ class Child:
         embedder.loaded.add_done_callback(lambda loaded: self._loaded("embedder", loaded, facts))
         embedder.start()
 
-    def _embed(self, number: int, texts: list[list[int]], priority: int) -> None:
+    def _embed(self, number: int, asked: dict[str, Any]) -> None:
         assert self._embedder is not None
-        job = EmbeddingJob(texts, listener=lambda event: self._read(number, event), priority=priority)
+        job = EmbeddingJob(**asked, listener=lambda event: self._read(number, event))
         self._jobs[number] = job
         self._embedder.submit(job)
 

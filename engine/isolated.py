@@ -50,6 +50,9 @@ SENT = (
 """What of a sequence the child gets. Its listener stays here; of its constraint the child gets the text; the rest is
 the engine's own."""
 
+JOB_SENT = ("texts", "priority")
+"""What of a job for the embedder the child gets."""
+
 EVENTS: tuple[type[SequenceEvent], ...] = (SequenceStarted, TokenEmitted, SequenceFinished)
 
 Work = TypeVar("Work", Sequence, EmbeddingJob)
@@ -276,7 +279,7 @@ class IsolatedEmbedder(_Isolated[EmbeddingJob]):
             self._loop.call_soon(self._tell, job, self._farewell(job))
             return
         self._live[job.arrival] = job
-        self.process.send("embed", job.arrival, job.texts, job.priority)
+        self.process.send("embed", job.arrival, {name: getattr(job, name) for name in JOB_SENT})
 
     def cancel(self, job: EmbeddingJob) -> None:
         """Ends a job soon."""

@@ -18,8 +18,9 @@ import pytest
 
 from engine import model_process, restarts
 from engine.embedding import EmbeddingRequest
+from engine.embedding_job import EmbeddingJob
 from engine.generation import Generation
-from engine.isolated import SENT, IsolatedEngine
+from engine.isolated import JOB_SENT, SENT, IsolatedEngine
 from engine.restarts import Restarts
 from engine.sequence import Sequence
 from engine.service import InferenceRequest
@@ -316,13 +317,14 @@ async def test_it_dies_with_a_killed_node_which_has_not_imported_llama_cpp(tiny_
     pid, imported = (await parent.stdout.readline()).split()
     assert imported == b"False"
     child = psutil.Process(int(pid))
+    child.suspend()  # it cannot see for itself that nobody is there any more
     parent.kill()
     await parent.wait()
     assert await asyncio.to_thread(psutil.wait_procs, [child], 20) == ([child], [])
     await parent.stdout.read()
 
 
-def test_every_field_of_a_sequence_is_sent_or_the_engines_own() -> None:
+def test_every_field_of_a_sequence_and_a_job_is_sent_or_the_engines_own() -> None:
     own = {
         "listener", "constraint", "cancelled", "state", "slot", "n_past", "n_drawn", "n_cached", "last_token", "leader",
         "fork", "plan", "marks", "lookup", "n_drafted", "n_accepted", "arrival", "submitted_s", "assembler", "ids",
@@ -330,6 +332,8 @@ def test_every_field_of_a_sequence_is_sent_or_the_engines_own() -> None:
     }  # fmt: skip
     assert {each.name for each in fields(Sequence)} == own | set(SENT)
     assert own.isdisjoint(SENT)
+    own = {"listener", "cancelled", "vectors", "n_taken", "n_done", "last_pack", "arrival"}
+    assert {each.name for each in fields(EmbeddingJob)} == own | set(JOB_SENT)
 
 
 def test_pauses_double_until_a_model_is_given_up_and_a_calm_forgets() -> None:
