@@ -254,9 +254,12 @@ async def test_a_process_that_says_nothing_is_ended_and_so_is_one_that_does_not_
         with pytest.raises(EngineLost, match="said nothing for 1 s"):
             await node.service.submit(ask("a"))
         await state(node, "a", ModelState.READY)
-        os.kill(pid_of(node.fleet.get("a")), signal.SIGSTOP)
+        monkeypatch.setattr(model_process, "SILENT_AFTER_S", 60.0)
+        pid = pid_of(node.fleet.get("a"))
+        os.kill(pid, signal.SIGSTOP)
         await node.fleet.unload("a", grace_s=0)
         assert node.fleet.get("a").state is ModelState.ON_DISK
+        assert not psutil.pid_exists(pid)
 
 
 async def test_an_unload_ends_the_wait_for_the_next_start(tmp_path: Path, tiny_model: Path) -> None:
