@@ -6,11 +6,17 @@ file keeps them. Call `redirect` before the app is made and before llama_cpp is 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 # What llama.cpp prints hundreds of times a load about its graphs, and for each state that is restored; of use only to
 # its own developers.
@@ -44,9 +50,29 @@ def redirect(path: Path) -> None:
     os.close(target)
 
 
+class _Terminal(io.FileIO):
+    """A terminal, which may go away: what is written then is dropped, and the process asks itself, once, to end.
+
+    An error would end Textual's thread that writes, and then the loop would wait for it for ever, deaf to signals.
+    """
+
+    _gone = False
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            if not self._gone:
+                self._gone = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            return len(memoryview(data))
+
+
 def _terminal(descriptor: int) -> io.TextIOWrapper:
     """An unbuffered UTF-8 stream on what the descriptor was."""
-    raw = os.fdopen(descriptor, "wb", buffering=0)
+    raw = _Terminal(descriptor, "wb") if os.isatty(descriptor) else os.fdopen(descriptor, "wb", buffering=0)
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as one wish: end well."""
+"""SIGTERM, SIGINT and a terminal that is closed as one wish: end well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Callable
 
 def on_stop(loop: asyncio.AbstractEventLoop, stop: Callable[[], object]) -> None:
     """Calls `stop` on the loop for each of them, also on systems whose loop takes no signal handlers."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    wishes = [signal.SIGTERM, signal.SIGINT]
+    # Who starts it with nohup wants it to stay.
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wishes.append(signal.SIGHUP)
+    for number in wishes:
         try:
             loop.add_signal_handler(number, stop)
         except NotImplementedError:

@@ -51,6 +51,11 @@ class Terminal:
                 self.written += data.decode("utf-8", errors="replace")
         return self.process.wait(10)
 
+    def vanish(self) -> None:
+        """Closes the terminal, as a connection that is lost does. No signal tells of it: it controls no process."""
+        os.close(self._ours)
+        self._ours = os.open(os.devnull, os.O_RDONLY)
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -92,6 +97,16 @@ def test_sigterm_ends_it_with_the_terminal_intact(terminal: Callable[..., Termin
     app.process.send_signal(signal.SIGTERM)
     assert app.end() == 0
     assert_intact(app.written)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_it_ends_with_its_terminal(terminal: Callable[..., Terminal], told: bool) -> None:
+    app = terminal("tiny")
+    app.wait_for("● ready")
+    app.vanish()
+    if told:
+        app.process.send_signal(signal.SIGHUP)
+    assert app.process.wait(15) == 0
 
 
 def test_a_start_that_fails_says_why_on_a_clean_terminal(terminal: Callable[..., Terminal]) -> None:
