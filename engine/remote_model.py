@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from engine.constraint import Matcher
 from engine.model_process import ModelProcess
 
-FACTS = ("n_vocab", "n_ctx_train", "adds_bos", "bos", "eos")
+FACTS = ("n_vocab", "n_ctx_train", "adds_bos", "adds_eos", "adds_sep", "bos", "eos", "sep")
 """What is known from the load on."""
 
 
@@ -23,10 +23,19 @@ class Vocabulary(Protocol):
     def adds_bos(self) -> bool: ...
 
     @property
+    def adds_eos(self) -> bool: ...
+
+    @property
+    def adds_sep(self) -> bool: ...
+
+    @property
     def bos(self) -> int: ...
 
     @property
     def eos(self) -> int: ...
+
+    @property
+    def sep(self) -> int: ...
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
 
@@ -42,8 +51,11 @@ class RemoteModel:
         self.n_vocab: int = facts["n_vocab"]
         self.n_ctx_train: int = facts["n_ctx_train"]
         self.adds_bos: bool = facts["adds_bos"]
+        self.adds_eos: bool = facts["adds_eos"]
+        self.adds_sep: bool = facts["adds_sep"]
         self.bos: int = facts["bos"]
         self.eos: int = facts["eos"]
+        self.sep: int = facts["sep"]
         self._texts: dict[int, str] = {}
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:

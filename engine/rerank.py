@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from engine.llama import LlamaModel
+    from engine.remote_model import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Reranking(Embedding):
         return RerankResult(request, (await self.vectors())[:, 0], self.tokens_in)
 
 
-def pairs(query: str, documents: Sequence[str], model: LlamaModel, template: str | None) -> list[list[int]]:
+def pairs(query: str, documents: Sequence[str], model: Vocabulary, template: str | None) -> list[list[int]]:
     """Each document with the query, as token ids. Any thread, while the model is open.
 
     A control token that is spelled in a text stays text. Without a template a document ends with the mark that ends a
@@ -122,11 +122,11 @@ def pairs(query: str, documents: Sequence[str], model: LlamaModel, template: str
     return [[*begin, *asked, *between, *_plain(document, model), *(end or between)] for document in documents]
 
 
-def _plain(text: str, model: LlamaModel) -> list[int]:
+def _plain(text: str, model: Vocabulary) -> list[int]:
     return model.tokenize(text, add_special=False, parse_special=False)
 
 
-def _filled(template: str, query: str, document: str, model: LlamaModel) -> list[int]:
+def _filled(template: str, query: str, document: str, model: Vocabulary) -> list[int]:
     """The template's tokens with both texts in it; a token may reach over the border of two."""
     texts = {"{query}": query, "{document}": document}
     parts = re.split(r"(\{query\}|\{document\})", template)
@@ -137,5 +137,5 @@ def _filled(template: str, query: str, document: str, model: LlamaModel) -> list
     ]
 
 
-def _marked(text: str, model: LlamaModel) -> list[int]:
+def _marked(text: str, model: Vocabulary) -> list[int]:
     return model.tokenize(text, add_special=False, parse_special=True)

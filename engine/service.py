@@ -52,7 +52,7 @@ from infsvc.types import (
 
 if TYPE_CHECKING:
     from engine.constraint import Grammars
-    from engine.embedder import Embedder
+    from engine.worker import AnyEmbedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,7 +367,7 @@ class InferenceService:
     def _read_texts(
         self,
         worker: Worker,
-        embedder: Embedder,
+        embedder: AnyEmbedder,
         kind: type[Read],
         request: EmbeddingRequest | RerankRequest,
         texts: list[list[int]],
