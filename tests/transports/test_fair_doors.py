@@ -24,7 +24,7 @@ from transports.node import Node
 
 N_CLIENTS, N_EACH = 3, 8
 """Callers over HTTP; each of them asks again as soon as it has its answer."""
-AT_MOST, END = 250, 500
+AT_MOST, END = 1000, 2000
 """Others' answers until the durable one is there; and when the flood gives up, so that a starved request ends too."""
 N_EARLY = 3
 """So many a node has asked the broker for before the flood: these come whatever it has room for later."""
