@@ -429,7 +429,7 @@ async def test_a_seed_draws_the_same_text(families: dict[str, Path]) -> None:
     texts: dict[int, list[list[int]]] = {}
     for draft_max in (0, 15):
         async with engine_on(families["qwen3"], n_slots=4, draft_max=draft_max) as engine:
-            together = [asked(wordy(at, 60), sampler=sampler, max_tokens=100) for at, sampler in enumerate(samplers)]
+            together = [asked(wordy(at, 60), sampler=sampler, max_tokens=300) for at, sampler in enumerate(samplers)]
             for each in together:
                 engine.submit(each)
             texts[draft_max] = [[step.drawn.token for step in await answer_of(each)] for each in together]
