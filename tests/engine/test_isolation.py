@@ -331,7 +331,7 @@ def test_every_field_of_a_sequence_and_a_job_is_sent_or_the_engines_own() -> Non
     own = {
         "listener", "constraint", "cancelled", "state", "slot", "n_past", "n_drawn", "n_cached", "last_token", "leader",
         "fork", "plan", "marks", "lookup", "n_drafted", "n_accepted", "arrival", "submitted_s", "assembler", "ids",
-        "chain", "penalties", "bias",
+        "chain", "penalties", "bias", "filed", "n_fetches",
     }  # fmt: skip
     assert {each.name for each in fields(Sequence)} == own | set(SENT)
     assert own.isdisjoint(SENT)
