@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,8 @@ from tests.benchmarks.peers import ROOT, Load, burst, llama_server, node
 from tests.tiny_models import write_large_model
 
 N_OUT = 64
+_REST_S = 2.0
+"""Before each burst: what works right after another is slower, whoever it is."""
 N_VOCAB = 151_936
 
 _LOCKED = """
@@ -124,6 +127,7 @@ def main() -> None:
                     for number in range(options.rounds):
                         asked = prompts(width, length, hash((number, length, width)), options.shared)
                         for peer in peers if number % 2 == 0 else reversed(peers):
+                            time.sleep(_REST_S)
                             load = burst(peer, asked, N_OUT)
                             rows[length, width][peer.name].append(load)
                             print(
