@@ -13,13 +13,13 @@ from starlette.requests import Request
 
 from engine.embedding import EmbeddingRequest, EmbeddingResult
 from infsvc.embedding_types import EmbeddingBody
-from infsvc.errors import BadRequest, ClientGone, Unsupported
+from infsvc.errors import BadRequest, Unsupported
 from infsvc.wire_input import complaint
 from transports.http.body import query, read_object
 from transports.http.choice import ModelChoice
 from transports.http.native import trace_header
 from transports.http.refusals import Ready, dumps, req_id_header
-from transports.http.streams import present
+from transports.http.streams import while_present
 
 if TYPE_CHECKING:
     from transports.node import Node
@@ -43,11 +43,8 @@ class Embeddings:
             wire, model=self._choice.of(wire.model), source="http", trace_id=trace_header(request)
         )
         request.state.req_id = asked.req_id
-        async with present(request.receive) as client, await self._node.service.embed(asked) as embedding:
-            client.when_gone(embedding.cancel)
-            await embedding.ended()
-            if client.gone:
-                raise ClientGone("the client went away before its answer was ready")
+        async with await self._node.service.embed(asked) as embedding:
+            await while_present(request.receive, embedding)
             result = await embedding.result()
         # Thousands of numbers become text: not on the loop.
         body = await asyncio.get_running_loop().run_in_executor(self._node.fleet.pool, _encoded, result)

@@ -8,14 +8,14 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from engine.rerank import RerankRequest
-from infsvc.errors import BadRequest, ClientGone
+from infsvc.errors import BadRequest
 from infsvc.rerank_types import RerankBody
 from infsvc.wire_input import complaint
 from transports.http.body import query, read_object
 from transports.http.choice import ModelChoice
 from transports.http.native import trace_header
 from transports.http.refusals import Json, req_id_header
-from transports.http.streams import present
+from transports.http.streams import while_present
 
 if TYPE_CHECKING:
     from transports.node import Node
@@ -39,11 +39,8 @@ class Rerank:
             wire, model=self._choice.of(wire.model), source="http", trace_id=trace_header(request)
         )
         request.state.req_id = asked.req_id
-        async with present(request.receive) as client, await self._node.service.rerank(asked) as reranking:
-            client.when_gone(reranking.cancel)
-            await reranking.ended()
-            if client.gone:
-                raise ClientGone("the client went away before its answer was ready")
+        async with await self._node.service.rerank(asked) as reranking:
+            await while_present(request.receive, reranking)
             result = await reranking.order()
         return Json(result.wire(), headers=req_id_header(asked.req_id))
 

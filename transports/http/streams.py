@@ -10,11 +10,12 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from infsvc.errors import ClientGone
 from transports.http.refusals import dumps
 
 
@@ -51,6 +52,23 @@ async def present(receive: Receive) -> AsyncIterator[Presence]:
     presence = Presence()
     async with beside(presence.listen(receive), "http-presence"):
         yield presence
+
+
+class Running(Protocol):
+    """Work for one client that ends by itself, or soon after it is cancelled."""
+
+    def cancel(self) -> None: ...
+
+    async def ended(self) -> None: ...
+
+
+async def while_present(receive: Receive, work: Running) -> None:
+    """Waits for the end of work, which is cancelled when the client goes; raises `ClientGone` then."""
+    async with present(receive) as client:
+        client.when_gone(work.cancel)
+        await work.ended()
+        if client.gone:
+            raise ClientGone("the client went away before its answer was ready")
 
 
 @asynccontextmanager
