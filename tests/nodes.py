@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.probe import probe
+from infsvc.events import BrokerStateChanged, EventBus
 from infsvc.home import Home, app_root
 from infsvc.settings import load_node_settings, load_workers
 from transports.node import Node
@@ -74,3 +75,14 @@ def build(folder: Path, *chosen: str, **settings: Any) -> Node:
     home = Home(folder, folder)
     node_settings = load_node_settings(node_environ(folder, **settings))
     return Node(home, node_settings, load_workers(home, node_settings, {}), chosen)
+
+
+async def connected(events: EventBus) -> None:
+    """Waits until a node is on its broker."""
+    subscription = events.subscribe(replay=True)
+    try:
+        async for event in subscription:
+            if isinstance(event, BrokerStateChanged) and event.state == "connected":
+                return
+    finally:
+        subscription.close()

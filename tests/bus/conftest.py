@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from infsvc.events import BrokerStateChanged, EventBus
-from tests.nodes import add_worker, build, free_port
+from tests.nodes import add_worker, build, connected, free_port
 from tests.tiny_models import write_tiny_model
 from transports.node import Node
 
@@ -26,17 +25,6 @@ class Pair:
 @pytest.fixture(scope="session")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "long.gguf", n_ctx=65536)
-
-
-async def connected(events: EventBus) -> None:
-    """Waits until a node is on its broker."""
-    subscription = events.subscribe(replay=True)
-    try:
-        async for event in subscription:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                return
-    finally:
-        subscription.close()
 
 
 def make_node(folder: Path, model: Path, url: str, name: str, *models: str, **settings: str) -> Node:

@@ -31,7 +31,7 @@ import httpx2
 import psutil
 
 from tests.nodes import add_worker, free_port, node_environ
-from tests.torture.streams import DEMO, ROOT, SETTLE_S, SLACK_BYTES
+from tests.torture.streams import DEMO, ROOT, SETTLE_S, SLACK_BYTES, left_behind
 
 SLACK = 0.05
 SECONDS = float(os.environ.get("SOAK_MIXED_S", "600"))
@@ -246,12 +246,7 @@ class Mixed:
 
     def _check(self) -> None:
         before, after, outcome = self.outcome.before, self.outcome.after, self.outcome
-        for key in ("tasks", "fds", "threads"):
-            if after[key] > before[key]:
-                outcome.faults.append(f"{key}: {before[key]} before, {after[key]} after ({after.get('names')})")
-        for key in ("sequences", "slots"):
-            if after[key]:
-                outcome.faults.append(f"{after[key]} {key} are left")
+        outcome.faults += left_behind(before, after)
         if len(outcome.marks) > 2:
             # Not from the first: thousands of grammars and states fill their caches meanwhile.
             begun, ended = outcome.marks[1]["rss"], outcome.marks[-1]["rss"]

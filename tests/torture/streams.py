@@ -41,6 +41,16 @@ SLACK_BYTES = 8 * 2**20
 """How far memory may drift: pages that the allocator keeps."""
 
 
+def left_behind(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What a load has left in a node, by its facts while it rested and when it rests again."""
+    faults = [
+        f"{key}: {before[key]} before, {after[key]} after ({after.get('names')})"
+        for key in ("tasks", "fds", "threads")
+        if after[key] > before[key]
+    ]
+    return faults + [f"{after[key]} {key} are left" for key in ("sequences", "slots") if after[key]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is done.
@@ -291,12 +301,7 @@ class Streams:
 
     def _check(self) -> None:
         before, after, outcome = self.outcome.before, self.outcome.after, self.outcome
-        for key in ("tasks", "fds", "threads"):
-            if after[key] > before[key]:
-                outcome.faults.append(f"{key}: {before[key]} before, {after[key]} after ({after.get('names')})")
-        for key in ("sequences", "slots"):
-            if after[key]:
-                outcome.faults.append(f"{after[key]} {key} are left")
+        outcome.faults += left_behind(before, after)
         if after["rss"] > before["rss"] * 1.05 + SLACK_BYTES:
             outcome.faults.append(f"memory grew from {before['rss']} to {after['rss']} bytes")
         if unexpected := set(outcome.rows) - {"ok", "cancelled"}:

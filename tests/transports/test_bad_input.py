@@ -16,9 +16,8 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client
 
-from infsvc.events import BrokerStateChanged
 from tests.bert_files import random_bert, write_bert
-from tests.nodes import add_worker, build
+from tests.nodes import add_worker, build, connected
 from tests.transports.bad_inputs import CASES, Case
 from transports.node import Node
 
@@ -55,11 +54,7 @@ async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors
         for name in ("demo", "bert-v1.5"):
             worker = await node.fleet.settled(name)
             assert worker.state == "ready", worker.reason
-        seen = node.events.subscribe(replay=True)
-        async for event in seen:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                break
-        seen.close()
+        await connected(node.events)
         urls = {
             "demo": node.fleet.get("demo").endpoint,
             "bert": node.fleet.get("bert-v1.5").endpoint,

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from nats.aio.client import Client
 
 from infsvc.cli.queue import queue as queue_command
-from infsvc.events import Alert, BrokerStateChanged
-from tests.nodes import ENDLESS, add_worker, build
+from infsvc.events import Alert
+from tests.nodes import ENDLESS, add_worker, build, connected
 from transports.node import Node
 
 SUBJECT = "inference.request.tiny"
@@ -30,11 +30,7 @@ async def node(tmp_path: Path, long_model: Path) -> AsyncIterator[Node]:
     add_worker(tmp_path, "tiny", long_model, CTX_SIZE=16384, QUEUE_MAX_MSGS=16, WORKER_CONCURRENCY=2)
     async with build(tmp_path, "tiny") as started:
         await started.fleet.settled("tiny")
-        events = started.events.subscribe(replay=True)
-        async for event in events:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                break
-        events.close()
+        await connected(started.events)
         yield started
 
 
@@ -184,10 +180,7 @@ async def test_work_that_runs_at_the_end_of_a_node_is_done_by_its_next_start(
         async with build(tmp_path, "tiny", **settings) as node:
             url = node.settings.nats_url
             await node.fleet.settled("tiny")
-            events = node.events.subscribe(replay=True)
-            async for event in events:
-                if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                    break
+            await connected(node.events)
             client = await nats.connect(url)
             try:
                 if start == 0:

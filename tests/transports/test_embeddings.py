@@ -17,9 +17,9 @@ import openai
 import pytest
 from nats.aio.client import Client
 
-from infsvc.events import BrokerStateChanged, RequestFinished
+from infsvc.events import RequestFinished
 from tests.bert_files import Bert, random_bert, write_bert
-from tests.nodes import ENDLESS, add_worker, build
+from tests.nodes import ENDLESS, add_worker, build, connected
 from transports.node import Node
 
 SUBJECT = "embedding.request.bert-v1.5"
@@ -59,12 +59,8 @@ async def http(node: Node) -> AsyncIterator[httpx2.AsyncClient]:
 
 @pytest.fixture
 async def bus(node: Node) -> AsyncIterator[Client]:
-    seen = node.events.subscribe(replay=True)
     async with asyncio.timeout(20):
-        async for event in seen:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                break
-    seen.close()
+        await connected(node.events)
     client = await nats.connect(node.settings.nats_url)
     yield client
     await client.close()

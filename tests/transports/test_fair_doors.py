@@ -18,8 +18,7 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from infsvc.events import BrokerStateChanged
-from tests.nodes import add_worker, build
+from tests.nodes import add_worker, build, connected
 from transports.node import Node
 
 N_CLIENTS, N_EACH = 3, 8
@@ -37,11 +36,7 @@ async def node(tmp_path: Path, long_model: Path) -> AsyncIterator[Node]:
     add_worker(tmp_path, "tiny", long_model, CTX_SIZE=1024, WORKER_CONCURRENCY=2, QUEUE_MAX_MSGS=N_CLIENTS * N_EACH)
     async with build(tmp_path, "tiny") as started:
         await started.fleet.settled("tiny")
-        events = started.events.subscribe(replay=True)
-        async for event in events:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                break
-        events.close()
+        await connected(started.events)
         yield started
 
 

@@ -12,9 +12,9 @@ import nats
 import pytest
 
 from engine.generation import Generation
-from infsvc.events import BrokerStateChanged, RequestFinished
+from infsvc.events import RequestFinished
 from infsvc.subjects import CLIENT_HEADER
-from tests.nodes import ENDLESS, add_worker, build
+from tests.nodes import ENDLESS, add_worker, build, connected
 from transports.node import Node
 
 KEYS = ("first-key", "second-key")
@@ -94,11 +94,7 @@ async def test_a_client_of_the_broker_is_known_by_its_header(tmp_path: Path, lon
     add_worker(tmp_path, "tiny", long_model, CTX_SIZE=16384)
     async with build(tmp_path, "tiny") as node:
         await node.fleet.settled("tiny")
-        events = node.events.subscribe(replay=True)
-        async for event in events:
-            if isinstance(event, BrokerStateChanged) and event.state == "connected":
-                break
-        events.close()
+        await connected(node.events)
         client = await nats.connect(node.settings.nats_url)
         subject, inbox = "inference.request.tiny", client.new_inbox()
         answers = await client.subscribe(inbox)

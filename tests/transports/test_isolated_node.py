@@ -14,20 +14,12 @@ import nats
 import pytest
 
 from engine import model_process
-from infsvc.events import BrokerStateChanged, ModelStateChanged
+from infsvc.events import ModelStateChanged
 from infsvc.types import ModelState
 from tests.engine.faulty_child import ABORTS
-from tests.nodes import ENDLESS, add_worker, build
-from transports.node import Node
+from tests.nodes import ENDLESS, add_worker, build, connected
 
 LONG = {"max_tokens": 1500, "ignore_eos": True, "temperature": 0}
-
-
-async def connected(node: Node) -> None:
-    """Waits until the node is on its broker."""
-    async for event in node.events.subscribe(replay=True):
-        if isinstance(event, BrokerStateChanged) and event.state == "connected":
-            break
 
 
 async def test_a_lost_process_is_a_503_for_who_waits_and_queued_work_is_done_again(
@@ -36,7 +28,7 @@ async def test_a_lost_process_is_a_503_for_who_waits_and_queued_work_is_done_aga
     add_worker(tmp_path, "tiny", long_model, CTX_SIZE=16384, WORKER_CONCURRENCY=8, ENGINE_ISOLATION="process")
     async with build(tmp_path, "tiny") as node:
         worker = await node.fleet.settled("tiny")
-        await connected(node)
+        await connected(node.events)
         client = await nats.connect(node.settings.nats_url)
         events = node.events.subscribe()
         answered = await client.subscribe("inference.reply.q")
@@ -94,7 +86,7 @@ async def test_a_queued_request_that_kills_its_engine_each_time_is_buried_and_th
     add_worker(tmp_path, "tiny", tiny_model, ENGINE_ISOLATION="process", MAX_DELIVER=2)
     async with build(tmp_path, "tiny") as node:
         worker = await node.fleet.settled("tiny")
-        await connected(node)
+        await connected(node.events)
         client = await nats.connect(node.settings.nats_url)
         answered = await client.subscribe("inference.reply.*")
         for req_id, text in (("poison", f"x{chr(ABORTS)}"), ("good", "x")):
