@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.answer import Answer, Chunk
 from engine.logprobs import StepLogprobs
 from engine.output import OutputParser, Parsed
 from engine.sequence import Sequence, SequenceEvent, SequenceFinished, SequenceStarted, TokenEmitted
@@ -25,29 +23,7 @@ if TYPE_CHECKING:
     from engine.service import InferenceRequest
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one decode step yielded; at least one of its texts and calls is there. `logprobs` are those of the tokens
-    drawn since the chunk before, where they were asked for."""
-
-    index: int
-    text: str
-    reasoning: str
-    logprobs: tuple[StepLogprobs, ...] = ()
-    tool_calls: tuple[ToolCall, ...] = ()
-
-    def __add__(self, more: Chunk) -> Chunk:
-        """Both as one, at this one's index."""
-        return Chunk(
-            self.index,
-            self.text + more.text,
-            self.reasoning + more.reasoning,
-            self.logprobs + more.logprobs,
-            self.tool_calls + more.tool_calls,
-        )
-
-
-class Generation:
+class Generation(Answer):
     """A request that runs, or waits for a slot. Read it with `async for` (one reader) or `result()`."""
 
     def __init__(
@@ -62,32 +38,23 @@ class Generation:
         on_token: Callable[[], None],
         on_done: Callable[[Generation], None],
     ) -> None:
+        super().__init__()
         self.request = request
         self.req_id, self.model, self.source = request.req_id, request.model, request.source
         self.formatted = formatted
         self.tokens_in = tokens_in
-        self.tokens_out = 0
         self.tokens_cached = 0
         self.logprobs: list[StepLogprobs] = []
         self._n_logprobs_shown = 0
         self.created_ts = time.time()
         self.slot: int | None = None
-        self.reply: CompletionReply | None = None
         self.error: str | None = None
         self._failure: Callable[[], EngineFailed] | None = None
-        self._begun_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._last_s = self._begun_s
         self._parser, self._calls = parser, calls
         self.tool_calls: list[ToolCall] = []
         self._cancel, self._on_token, self._on_done = cancel, on_token, on_done
         self._sequence: Sequence | None = None
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._chunks: deque[Chunk] = deque()
-        self._n_chunks = 0
         self._chunk_s: float | None = None
-        self._reader: asyncio.Future[None] | None = None
         self._ended = asyncio.Event()
 
     def attach(self, sequence: Sequence) -> None:
@@ -99,62 +66,23 @@ class Generation:
         """Whether it has a slot and has not ended."""
         return self.slot is not None and self.reply is None
 
-    @property
-    def finished(self) -> bool:
-        return self.reply is not None
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """From submit to the first token, in milliseconds; None before it."""
-        return None if self._first_s is None else (self._first_s - self._begun_s) * 1000
-
-    @property
-    def duration_ms(self) -> float:
-        """From submit to the last token or the end."""
-        return (self._last_s - self._begun_s) * 1000
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode speed after the first token; 0 before the second."""
-        if self._first_s is None or self.tokens_out < 2 or self._last_s <= self._first_s:
-            return 0.0
-        return (self.tokens_out - 1) / (self._last_s - self._first_s)
-
     def cancel(self) -> None:
         """Ends it soon with `finish_reason` "cancelled". Safe to call at any time and twice."""
         if self._sequence is not None and not self.finished:
             self._cancel(self._sequence)
 
-    async def __aenter__(self) -> Generation:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        while True:
-            while self._chunks:
-                yield self._chunks.popleft()
-            if self.finished:
-                self._raise_if_died()
-                return
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-
     async def result(self) -> CompletionReply:
         """Waits for the end and returns the reply; raises `EngineFailed` when the engine died, `EngineLost` with
         its process."""
         await self._ended.wait()
-        self._raise_if_died()
+        self._raise_if_failed()
         return cast(CompletionReply, self.reply)
 
     async def ended(self) -> None:
         """Waits for the end, well or not; any number may wait."""
         await self._ended.wait()
 
-    def _raise_if_died(self) -> None:
+    def _raise_if_failed(self) -> None:
         if self._failure is not None:
             raise self._failure()
 
@@ -163,8 +91,7 @@ class Generation:
         try:
             self._take(event)
         finally:
-            if self._reader is not None and not self._reader.done():
-                self._reader.set_result(None)
+            self._wake()
 
     def _take(self, event: SequenceEvent) -> None:
         match event:

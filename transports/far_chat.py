@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.generation import Chunk
+from engine.answer import Answer, Chunk
 from infsvc.errors import EngineFailed, ModelNotLoaded, NodeLost, RequestError, rebuilt
 from infsvc.subjects import CLIENT_HEADER
 from infsvc.types import Capability, CompletionReply, FinishReason, ServiceDocument
@@ -90,8 +89,8 @@ def _rank(service: ServiceDocument) -> tuple[bool, str]:
     return (service.status == "online", service.start_time)
 
 
-class FarGeneration:
-    """One answer of another node, in the shape of `engine.generation.Generation`; one reader.
+class FarGeneration(Answer):
+    """One answer of another node; one reader.
 
     Attributes:
         tokens_in: 0 until the owner tells it, with the answer's end.
@@ -99,56 +98,21 @@ class FarGeneration:
     """
 
     def __init__(self, forwarder: Forwarder, outgoing: Outgoing, target: ServiceDocument, req_id: str) -> None:
+        super().__init__()
         self._forwarder, self._target, self.req_id = forwarder, target, req_id
-        self.tokens_in = self.tokens_out = self.tokens_cached = 0
-        self.reply: CompletionReply | None = None
-        self._chunks: deque[Chunk] = deque()
-        self._n_chunks = 0
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
+        self.tokens_in = self.tokens_cached = 0
         self._reason: str | None = None
         self._error: RequestError | None = None
-        self._begun_s = self._last_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._wake = asyncio.Event()
         self._reading = asyncio.create_task(self._read(outgoing), name=f"far-chat-{target.node}")
         self._reading.add_done_callback(self._end)
-
-    @property
-    def ttft_ms(self) -> float | None:
-        """From the asking to the first token here, in milliseconds; None before it."""
-        return None if self._first_s is None else (self._first_s - self._begun_s) * 1000
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Speed after the first token; 0 before the second."""
-        if self._first_s is None or self.tokens_out < 2 or self._last_s <= self._first_s:
-            return 0.0
-        return (self.tokens_out - 1) / (self._last_s - self._first_s)
 
     def cancel(self) -> None:
         """Reads no more, and tells the owner, which stops. Safe to call at any time and twice."""
         self._reading.cancel()
 
-    async def __aenter__(self) -> FarGeneration:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The chunks as they come; raises the `RequestError` that ended the answer."""
-        while True:
-            while self._chunks:
-                yield self._chunks.popleft()
-            if self._error is not None:
-                raise self._error
-            if self.reply is not None:
-                return
-            self._wake.clear()
-            await self._wake.wait()
+    def _raise_if_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     async def _read(self, outgoing: Outgoing) -> None:
         taken = await self._forwarder.send(outgoing, [self._target])
@@ -185,7 +149,7 @@ class FarGeneration:
                 self._reasoning.append(reasoning)
                 self._chunks.append(Chunk(self._n_chunks, text, reasoning))
                 self._n_chunks += 1
-                self._wake.set()
+                self._wake()
             self._reason = choice.get("finish_reason") or self._reason
 
     def _end(self, reading: asyncio.Task[None]) -> None:
@@ -195,7 +159,7 @@ class FarGeneration:
         elif fault is not None:
             self._error = EngineFailed(f"{self._target.node} sent what is no answer: {fault!r}")
         reason = "cancelled" if reading.cancelled() else "error" if fault is not None else self._reason
-        duration = round((self._last_s - self._begun_s) * 1000)
+        duration = round(self.duration_ms)
         self.reply = CompletionReply(
             req_id=self.req_id,
             text="".join(self._text),
@@ -208,7 +172,7 @@ class FarGeneration:
             ms=duration,
             error=str(fault) if fault is not None else None,
         )
-        self._wake.set()
+        self._wake()
 
 
 async def _events(forwarded: Forwarded) -> AsyncGenerator[dict[str, Any], None]:

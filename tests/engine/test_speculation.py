@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from engine.answer import Chunk
 from engine.constraint import Constraints
 from engine.engine import Engine
-from engine.generation import Chunk
 from engine.llama import LlamaContext
 from engine.options import EngineOptions
 from engine.prompt_lookup import PromptLookup

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.generation import Chunk, Generation
+from engine.answer import Chunk
+from engine.generation import Generation
 from engine.logprobs import StepLogprobs, TokenLogprob
 from engine.service import InferenceRequest
 from engine.tool_calls import call_schema

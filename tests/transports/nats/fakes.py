@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from engine.generation import Chunk
+from engine.answer import Chunk
 from engine.service import InferenceRequest
 from engine.stats import ModelStats
 from infsvc.errors import EngineFailed, RequestError
